@@ -1,0 +1,146 @@
+"""
+Cohorts: one LR image and its candidates with labels, in memory, as the reward model trains and is evaluated on them.
+
+Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
+"""
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import data, dist, labels, metrics, mllm, run, sharding
+from common.mllm import AXES, Judge
+
+CHANNEL_ORDERS = [list(order) for order in itertools.permutations(range(3))]
+LOOKS = 8 * len(CHANNEL_ORDERS)         # flips and quarter turns, times orders of R, G, B
+
+
+@dataclass
+class Cohort:                           # one LR image and its C candidates
+    id: str
+    lr: np.ndarray                      # uint8 [h, w, 3]
+    images: list[np.ndarray]            # C x uint8 [H, W, 3]
+    methods: list[str]
+    ranks: np.ndarray                   # [C, 3] 1 is best; NaN where an axis has no label
+    targets: np.ndarray                 # [C, 3] 1..9, what the cold start teaches; NaN likewise
+
+
+def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None,
+                 held_out: list[str] = ()) -> tuple[list[Cohort], list]:
+    """
+    Labeled cohorts of a split; `scale`: sorted label scores per axis, made from this split when not given.
+
+    held_out: methods whose candidates are left out of training; elsewhere they have no label here.
+    """
+    groups = [g for g in data.load_groups(folder, split) if g["labels"]]
+    groups = labels.leave_out(groups, held_out) if split == "train" and held_out else groups
+    if not groups:
+        run.fail(f"{folder}: the split {split} has no labels, so there is nothing to learn from: let people "
+                 "compare (annotate=true and labels=human of 01), or build it with hr_dir or label=mllm"
+                 + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
+    if scale is None:
+        scale = [np.sort([s for g in groups for s in g["labels"].get(a, {}).get("scores") or []]) for a in AXES]
+    cohorts = []
+    for group in tqdm(groups, desc=f"read {split}", disable=not dist.is_main()):
+        lr, images, _ = data.group_images(folder, group)
+        ranks, targets = np.full((2, len(images), 3), np.nan)
+        for a, axis in enumerate(AXES):
+            if axis in group["labels"]:
+                ranks[:, a] = group["labels"][axis]["ranks"]
+                targets[:, a] = digit_targets(group["labels"][axis], scale[a])
+        hidden = [labels.has_method(candidate, held_out) for candidate in group["candidates"]]
+        ranks[hidden] = targets[hidden] = np.nan
+        cohorts.append(Cohort(group["id"], lr, images, [c["method"] for c in group["candidates"]], ranks, targets))
+    return cohorts, scale
+
+
+def digit_targets(label: dict, scale: np.ndarray) -> np.ndarray:
+    """Targets 1..9: quantile of the label's score among all training scores; without scores, by rank in the group."""
+    if label.get("scores") and len(scale):
+        below, upto = (np.searchsorted(scale, label["scores"], side) for side in ("left", "right"))
+        return 1 + 4 * (below + upto) / len(scale)
+    ranks = np.asarray(label["ranks"], float)
+    return 9 - 8 * (ranks - 1) / max(ranks.max() - 1, 1)
+
+
+def pick(cohorts: list[Cohort], seed: int, phase: str, step: int, count: int) -> list[Cohort]:
+    """The cohorts of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone."""
+    chosen = []
+    for i in range(step * count, (step + 1) * count):
+        order = run.np_rng(seed, phase, "epoch", i // len(cohorts)).permutation(len(cohorts))
+        chosen.append(cohorts[order[i % len(cohorts)]])
+    return chosen
+
+
+def mine(items: list) -> list:
+    """This rank's share of a list: contiguous, so that gather_rows restores the order."""
+    return [items[i] for i in np.array_split(np.arange(len(items)), dist.world_size())[dist.rank()]]
+
+
+@dataclass
+class Images:                           # what a judge is shown of a cohort: LR, candidate 1..C
+    pixels: Tensor                      # [patches, 3 * 2 * p * p]
+    grids: Tensor                       # [1 + C, 3]
+    features: dict = field(default_factory=dict)    # by vision tower (its id), of frozen ones: 1 + C tensors
+
+
+def look_at(judge: Judge, cohort: Cohort, look: int) -> Images:
+    """
+    look: one of LOOKS ways to turn, flip and swap the color channels of all the cohort's images alike; 0: as they are.
+
+    Labels are taken to stay as they are.
+    """
+    channels, turn = CHANNEL_ORDERS[look // 8], look % 8
+    return Images(*mllm.pixel_patches(judge, [[
+        np.ascontiguousarray(np.rot90(image[:, ::-1] if turn & 4 else image, turn & 3)[..., channels])
+        for image in [cohort.lr, *cohort.images]]]))
+
+
+def encode(judge: Judge, images: list[Images]) -> tuple[list[Tensor], Tensor]:
+    """
+    Features and grids of LR, candidate 1..C, LR, candidate 1..C, ..: [cohorts * (1 + C)].
+
+    A vision tower that does not train sees the same images once: rollout, reference and policy share what it found.
+    One in shards sees them each time, as all ranks must make the same passes.
+    """
+    tower, grids = id(judge.net.model.visual), torch.cat([own.grids for own in images])
+    if not all(tower in own.features for own in images):
+        features = mllm.patch_features(judge, torch.cat([own.pixels for own in images]), grids)
+        if mllm.tower_trained(judge) or sharding.units(judge):
+            return features, grids
+        found = iter(features)
+        for own in images:
+            own.features[tower] = [next(found) for _ in own.grids]
+    return [feature for own in images for feature in own.features[tower]], grids
+
+
+def encode_images(judge: Judge, cohorts: list[Cohort], looks: list[int]) -> tuple[list[Tensor], Tensor]:
+    return encode(judge, [look_at(judge, cohort, look) for cohort, look in zip(cohorts, looks)])
+
+
+def scores_of(judge: Judge, cohorts: list[Cohort], groups_per_forward: int = 4) -> np.ndarray:
+    """
+    Expected scores [cohorts, C, 3], on every rank; each works on its share.
+
+    groups_per_forward: in training; four times as many, at most 16, fit a pass without gradient.
+    """
+    judge.model.eval()
+    own = mine(cohorts)
+    scores = torch.zeros(0, len(cohorts[0].images) * 3)
+    if own:
+        scores = mllm.expected_scores(judge, [c.lr for c in own], [c.images for c in own],
+                                      groups_per_forward=min(16, 4 * groups_per_forward)).flatten(1)
+    return dist.gather_rows(scores).view(len(cohorts), -1, 3).numpy()
+
+
+def evaluate(judge: Judge, cohorts: list[Cohort], groups_per_forward: int = 4) -> dict[str, float]:
+    """Pair accuracy of the expected read-out per labeled axis; val_pair_accuracy is overall's, else the mean."""
+    scores = scores_of(judge, cohorts, groups_per_forward)
+    labeled = [a for a in range(3) if not all(np.isnan(c.ranks[:, a]).all() for c in cohorts)]
+    accuracy = {AXES[a]: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])[0] for a in labeled}
+    result = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}
+    return result | {"val_pair_accuracy": accuracy.get("overall", sum(accuracy.values()) / len(accuracy))}
