@@ -1,0 +1,290 @@
+"""
+The reward model: prompt, strict parser, token trees, sampled and expected read-outs.
+
+A multimodal LLM sees an instruction, the low-resolution (LR) image and one super-resolved (SR) candidate, and rates
+three axes with one digit each. Two read-outs of the same weights:
+
+sampled    `<thinking>..</thinking><answer>consistency: d, naturalness: d, overall: d</answer>`, one token at a time
+expected   one forward pass: the expectation over the nine digit tokens after the stem `<answer>overall: `, likewise for
+           the other axes; no sampling, so the same images always get the same score
+
+Prompt order is instruction, LR, candidate: all candidates of an LR share the prefix (see token_tree.py).
+
+Shapes: G groups (one LR each), C candidates, K replies, L tokens in a row, B rows, V vocabulary, D hidden size, S
+features per image token (1; in Qwen3-VL 1 + layers of DeepStack, arXiv 2406.04334). Images are uint8 [H, W, 3].
+"""
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import linear, pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+
+from common import candidates, plain_rows, run, tree_attention
+from common.token_tree import Rows, Segment, collate, image_segment, last_tokens, text_segment
+from common.views import pixel_patches
+
+PROMPT_VERSION = 1
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")   # dense decoders of softmax attention alone, see token_tree.py
+AXES = ("consistency", "naturalness", "overall")
+DIGITS = "123456789"
+INSTRUCTION = (
+    "Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: consistency "
+    "of image 2 with image 1, naturalness of image 2, overall. "
+    "Reply <thinking>why</thinking><answer>consistency: d, naturalness: d, overall: d</answer>")
+DETAIL = (
+    " A large image is shown as four tiles: top left all of it, made smaller, then three parts at full resolution.")
+ANSWER = re.compile(r"<thinking>((?:(?!</?thinking>|</?answer>).)*)</thinking>"
+                    r"<answer>consistency: ([1-9]), naturalness: ([1-9]), overall: ([1-9])</answer>", re.DOTALL)
+# Words for the reasoning of the cold start, worst to best
+CONSISTENCY_WORDS = ("other content", "far off", "off", "close", "same")
+NATURALNESS_WORDS = ("broken", "bad", "fair", "good", "natural")
+FAULTS = candidates.INCONSISTENT + candidates.UNNATURAL
+FACTS = {"base", "base_inside", "dtype", "lr_view", "candidate_view", "max_pixels", "prompt_version", "adapter"}
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
+
+
+def parse_reply(text: str) -> dict[str, int] | None:
+    """Scores 1..9 per axis, or None when the reply is not exactly in the asked form (never a default score)."""
+    match = ANSWER.fullmatch(text)
+    return match and dict(zip(AXES, map(int, match.groups()[1:])))
+
+
+def compose_reply(targets: np.ndarray, method: str) -> str:
+    """A reply in the asked form, from targets [3] in 1..9 (NaN unknown) and the candidate's fault, if known."""
+    targets = np.where(np.isnan(targets), np.nanmean(targets), targets)
+    levels = ((targets - 1) / 8 * 5).astype(int).clip(0, 4)
+    faults = [word.replace("_", " ") for word in method.split("+") if word in FAULTS]
+    why = "; ".join([", ".join(faults)] * bool(faults) + [CONSISTENCY_WORDS[levels[0]], NATURALNESS_WORDS[levels[1]]])
+    answer = ", ".join(f"{axis}: {int(d)}" for axis, d in zip(AXES, targets.round().clip(1, 9)))
+    return f"<thinking>{why}</thinking><answer>{answer}</answer><|im_end|>"
+
+
+@dataclass
+class Judge:
+    model: torch.nn.Module          # of one of the FAMILIES, bare or inside a PeftModel
+    tokenizer: object
+    processor: Qwen2VLImageProcessorPil
+    lr_view: str                    # "resized": bicubic to the candidate's size; "native": as it is
+    candidate_view: str             # "image": as it is; "clip": two frames, LR then candidate (see pixel_patches)
+    device: torch.device
+    detail_view: bool = False       # images above the pixel budget as four tiles (see views.detail_mosaic)
+    plain_rows: bool = False        # the slow way, without shared prefixes (see plain_rows.py)
+    long: int = tree_attention.LONG     # tokens from which on rows attend branch by branch
+
+    def __post_init__(self):
+        encode = self.encode
+        assert self.lr_view in ("resized", "native"), f"lr_view must be resized or native, not {self.lr_view}"
+        assert self.candidate_view in ("image", "clip"), f"candidate_view: image or clip, not {self.candidate_view}"
+        assert (self.lr_view, self.candidate_view) != ("native", "clip"), "candidate_view=clip needs lr_view=resized"
+        assert self.lr_view == "resized" or not self.detail_view, "detail_view needs lr_view=resized"
+        self.net.set_attn_implementation({"text_config": tree_attention.NAME})
+        digits = [encode(d) for d in DIGITS]
+        assert all(len(ids) == 1 for ids in digits), "the tokenizer must have one token for each digit 1..9"
+        self.digit_ids = torch.tensor(digits, device=self.device)[:, 0]                             # [9]
+        self.stems = [encode(f"<answer>{axis}: ") for axis in AXES]
+        self.head_ids = encode(f"<|im_start|>user\n{INSTRUCTION}{DETAIL * self.detail_view}\n<|vision_start|>")
+        self.between_ids = encode("<|vision_end|>\n<|vision_start|>")
+        self.tail_ids = encode("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        vocabulary = self.tokenizer.get_vocab()
+        unused = range(len(self.tokenizer), self.net.lm_head.out_features)          # rows that pad the embedding
+        banned = [*(vocabulary[t] for t in IMAGE_TOKENS if t in vocabulary), *unused]
+        self.banned_ids = torch.tensor(banned, device=self.device)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def net(self) -> torch.nn.Module:
+        """The transformers model itself; LoRA layers, when there are any, live inside it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def image_features(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[list[Tensor], Tensor]:
+    """Features of all images of the groups, in order: a tensor [tokens, S * D] per image, and the grids [images, 3]."""
+    pixels, grids = pixel_patches(judge, groups)
+    return patch_features(judge, pixels, grids), grids
+
+
+def tower_trained(judge: Judge) -> bool:
+    return any(p.requires_grad for p in judge.net.model.visual.parameters())
+
+
+def patch_features(judge: Judge, pixels: Tensor, grids: Tensor) -> list[Tensor]:
+    """Vision tower over the patches of views.pixel_patches: a tensor [tokens, S * D] per image, in order."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trained(judge)):  # frozen: stays out of the graph
+        output = judge.net.get_image_features(pixels.to(judge.device, judge.net.dtype), grids.to(judge.device),
+                                              return_dict=True)
+        stack = [output.pooler_output, *(output.get("deepstack_features") or ())]   # S x images x [tokens, D]
+        return [torch.cat(own, -1) for own in zip(*stack)]
+
+
+def hidden_states(judge: Judge, rows: Rows, features: list[Tensor], cache=None) -> Tensor:
+    """Last hidden states [B, L, D]; `features` in the order in which image tokens occur, row by row."""
+    edges = pad((rows.ids == judge.image_id).int(), (1, 1)).diff()                  # [B, L + 1] 1 begins, -1 ends
+    tokens, given = ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist(), [len(f) for f in features]
+    assert tokens == given, f"image tokens of each image {tokens}, but image features {given}"
+    if judge.plain_rows:
+        return plain_rows.hidden_states(judge, rows, features)
+    return judge.net.model(
+        input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask, past_key_values=cache,
+        use_cache=cache is not None, tree=tree_attention.branches(rows, judge.long),
+        mm_encoder_outputs=plain_rows.encoded(judge, features)).last_hidden_state
+
+
+def policy_logits(judge: Judge, hidden: Tensor) -> Tensor:
+    """float32 logits [..., V] of the policy that samples and is trained: image tokens can never be written."""
+    logits = linear(hidden.float(), judge.net.lm_head.weight.float())      # a bfloat16 one near 20 is a multiple of 1/8
+    return logits.index_fill(-1, judge.banned_ids, -torch.inf)
+
+
+def prompt_row(judge: Judge, lr_grid: Tensor, candidate_grids: Tensor) -> list[Segment]:
+    """Segment 0 is instruction + LR; segments 1..C are the candidates, each up to the start of the reply."""
+    grids, merge = [lr_grid, *candidate_grids], judge.processor.merge_size
+    images = [[judge.image_id] * int(grid.prod() // merge**2) for grid in grids]
+    root = image_segment(judge.head_ids, images[0], [], grid=lr_grid, merge=merge, parent=-1)
+    return [root] + [image_segment(judge.between_ids, image, judge.tail_ids, grid=grid, merge=merge, parent=0)
+                     for image, grid in zip(images[1:], candidate_grids)]
+
+
+def add_stems(judge: Judge, row: list[Segment], candidates: list[int]) -> list[int]:
+    """Append the three direct-answer stems below each given candidate segment; returns their indices, [C * 3]."""
+    first = len(row)
+    row += [text_segment(stem, parent) for parent in candidates for stem in judge.stems]
+    return list(range(first, len(row)))
+
+
+@torch.no_grad()
+def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[np.ndarray]], *,
+                    groups_per_forward: int = 16) -> Tensor:
+    """
+    Deterministic scores in 1..9 of every candidate of every group, float32 [G, C, 3] on the CPU, axes as in AXES.
+
+    C: the most candidates of a group; NaN where a group has fewer. Candidates do not see each other: a candidate's
+    score does not depend on its group's others, on their number or order, or (to rounding) on the batch.
+    `groups_per_forward`: memory only.
+    """
+    digits = torch.arange(1, 10, device=judge.device, dtype=torch.float32)
+    sizes, scores = [len(own) for own in candidates], []
+    for g in range(0, len(lrs), groups_per_forward):
+        part = slice(g, g + groups_per_forward)
+        features, grids = image_features(judge, [[lr, *own] for lr, own in zip(lrs[part], candidates[part])])
+        trees = [prompt_row(judge, own[0], own[1:]) for own in grids.split([1 + n for n in sizes[part]])]
+        stems = [add_stems(judge, row, list(range(1, len(row)))) for row in trees]
+        rows = collate(trees, judge.device)
+        hidden = hidden_states(judge, rows, features)
+        logits = policy_logits(judge, hidden[last_tokens(rows, stems)])                    # [candidates * 3, V]
+        probabilities = logits[:, judge.digit_ids].softmax(-1)                             # [candidates * 3, 9]
+        scores += (probabilities @ digits).view(-1, len(AXES)).cpu().split(sizes[part])
+    return pad_sequence(scores, batch_first=True, padding_value=torch.nan)
+
+
+def adapter_off(judge: Judge) -> AbstractContextManager:
+    """Context in which a judge with LoRA is its own reference; a judge without has nothing to switch off."""
+    return judge.model.disable_adapter() if isinstance(judge.model, PeftModel) else nullcontext()
+
+
+def reply_text(judge: Judge, ids: list[int]) -> str:
+    """Text of a reply without its <|im_end|>; a reply that was cut keeps its loose end and will not parse."""
+    ids = ids[:-1] if ids and ids[-1] == judge.end_id else ids
+    return judge.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# on disk ---------------------------------------------------------------------------------------------------------
+
+def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view: str, candidate_view: str,
+               detail_view: bool = False) -> Judge:
+    """A frozen judge from a transformers folder or hub id of one of the FAMILIES; others are refused unread."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+        kinds = set(config.get_text_config().to_dict().get("layer_types") or ()) - {"full_attention"}
+        if kinds:
+            run.fail(f"model {source}: its decoder has {', '.join(sorted(kinds))} layers, where candidates that share "
+                     "a prefix would leak into each other; give a Qwen2.5-VL or Qwen3-VL")
+        if config.model_type not in FAMILIES:
+            run.fail(f"model {source} is a {config.model_type}; this code knows dense Qwen2.5-VL and Qwen3-VL")
+        model, told = AutoModelForImageTextToText.from_pretrained(        # what does not fit is refused below
+            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)
+        if unfit := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+            raise ValueError(f"{len(unfit)} weights are missing or of another size, such as {unfit[0]}")
+        processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = model.to(device).eval().requires_grad_(False)
+        return Judge(model, tokenizer, processor, lr_view, candidate_view, device, detail_view)
+    except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
+        run.fail(f"model {source}: cannot be loaded ({error}); give a folder or hub id of a Qwen2.5-VL or Qwen3-VL")
+
+
+def save_model(judge: Judge, folder: Path) -> None:
+    """Model, tokenizer and image processor in one transformers folder."""
+    judge.net.save_pretrained(folder)
+    judge.tokenizer.save_pretrained(folder)
+    judge.processor.save_pretrained(folder)
+
+
+def save_judge(judge: Judge, folder: Path, *, base: str | Path) -> None:
+    """
+    What later stages load: adapter/ (PEFT) on `base`, or the whole model/ if there is no adapter, and judge.json. Both
+    folders have the tokenizer and the image processor, with its pixel budget; judge.json has the prompt.
+
+    A base inside the stage's folder is recorded relative to it, so that the run folder can be moved.
+    """
+    prompt = [*judge.head_ids, judge.image_id, *judge.between_ids, judge.image_id, *judge.tail_ids]
+    if isinstance(judge.model, PeftModel):
+        judge.model.save_pretrained(folder / "adapter")
+        judge.tokenizer.save_pretrained(folder / "adapter")
+        judge.processor.save_pretrained(folder / "adapter")
+    else:
+        save_model(judge, folder / "model")
+        base = folder / "model"
+    inside = Path(base).is_relative_to(folder.parent)
+    run.write_json(folder / "judge.json", {
+        "base": str(Path(base).relative_to(folder.parent) if inside else base), "base_inside": inside,
+        "dtype": str(judge.net.dtype).removeprefix("torch."), "lr_view": judge.lr_view,
+        "candidate_view": judge.candidate_view, "detail_view": judge.detail_view, "plain_rows": judge.plain_rows,
+        "max_pixels": judge.processor.size["longest_edge"], "prompt_version": PROMPT_VERSION,
+        "adapter": isinstance(judge.model, PeftModel),
+        "prompt": judge.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)})
+
+
+def load_judge(stage: str | Path, device: torch.device) -> Judge:
+    """The reward model of a finished stage 02 (its folder), frozen; stops with one line if it is of another version."""
+    stage = Path(stage)
+    facts, again = run.read_json(stage / "judge" / "judge.json"), "delete this folder and run 02_train_reward.py again"
+    if lacking := sorted(FACTS - set(facts)):
+        run.fail(f"{stage}: judge/judge.json lacks {', '.join(lacking)}; {again}")
+    if facts["prompt_version"] != PROMPT_VERSION:
+        run.fail(f"{stage}: the judge was trained with prompt version {facts['prompt_version']}, this code has version "
+                 f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
+    base = stage / facts["base"] if facts["base_inside"] else facts["base"]
+    views = {key: facts[key] for key in ("lr_view", "candidate_view")}
+    judge = load_model(base, device, dtype=facts["dtype"], detail_view=facts.get("detail_view", False), **views)
+    judge.processor.size["longest_edge"] = facts["max_pixels"]
+    judge.plain_rows = facts.get("plain_rows", False)
+    if facts["adapter"]:
+        try:
+            judge.model = PeftModel.from_pretrained(judge.model, stage / "judge" / "adapter").to(device).eval()
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            run.fail(f"{stage}: judge/adapter cannot be loaded ({error}); {again}")
+    return judge
+
+
+def save_merged(stage: Path) -> None:
+    """judge/merged/ of a finished stage 02: base and adapter as one model, for tools that know no adapters."""
+    merged, judge = stage / "judge" / "merged", load_judge(stage, torch.device("cpu"))         # a GPU may be full
+    judge.model = judge.model.merge_and_unload()
+    partial = merged.with_suffix(".partial")
+    save_model(judge, partial)
+    partial.rename(merged)
+    print(f"wrote {merged}")
