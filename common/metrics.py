@@ -1,0 +1,150 @@
+"""
+Numbers that compare images and rankings. Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border
+is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labels and need the ground truth.
+"""
+import math
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.stats import bootstrap, spearmanr
+from skimage.metrics import structural_similarity
+
+FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
+           "lanczos": Image.LANCZOS}
+# chosen by looking at sheets of candidates sorted by score, on training photographs
+CONSISTENCY_SCALE = 0.04     # RMSE (of 1) between the down-sampled images at which the score is 1/2
+NATURALNESS_SCALE = 0.6      # mean |log energy ratio| at which the score is 1/e
+DETAIL_WIDTHS = ((0, 1.0), (1.5, 1.5))   # px, and a gain that makes the bands about equally strong
+ENERGY_FLOOR = (4 / 255)**2  # detail of this strength counts as nothing
+
+
+def resize(image: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
+    """[H, W, 3] to size (width, height), anti-aliased; how: a key of FILTERS. uint8 stays uint8."""
+    if image.dtype == np.uint8:
+        return np.array(Image.fromarray(image).resize(size, FILTERS[how]))
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(image, 2, 0).astype(np.float32)]
+    return np.stack([np.asarray(channel.resize(size, FILTERS[how])) for channel in channels], axis=2)
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 0..255 or float 0..1 -> float64 0..1."""
+    return image / 255.0 if image.dtype == np.uint8 else image.astype(np.float64)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """float 0..1 (clipped) -> uint8."""
+    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def down(image: np.ndarray, scale: int) -> np.ndarray:
+    """Area average: [H, W, 3] -> float64 [H/scale, W/scale, 3], 0..1."""
+    height, width = image.shape[0] // scale, image.shape[1] // scale
+    return to_float(image).reshape(height, scale, width, scale, 3).mean(axis=(1, 3))   # ValueError if not divisible
+
+
+def rmse(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.sqrt(np.mean((to_float(a) - to_float(b)) ** 2)))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB over RGB; 100 for equal images."""
+    return min(100.0, -20 * math.log10(max(rmse(a, b), 1e-12)))
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over RGB with the 11-px Gaussian window of Wang et al. 2004."""
+    return float(structural_similarity(to_float(a), to_float(b), data_range=1.0, channel_axis=2,
+                                       gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+
+
+def lr_psnr(sr: np.ndarray, lr: np.ndarray, scale: int) -> float:
+    """PSNR between the area-averaged SR image and its LR input."""
+    return psnr(down(sr, scale), to_float(lr))
+
+
+def srcc(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman rank correlation; NaN when one side is constant."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else math.nan
+
+
+def bootstrap_ci(values: np.ndarray, seed: int, *, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """95 % percentile interval of mean(values), or of sum(values) / sum(counts), resampling groups [G]."""
+    values, counts = np.asarray(values, float), np.asarray(np.ones(len(values)) if counts is None else counts)
+    if len(values) < 2:
+        return math.nan, math.nan
+    result = bootstrap((values, counts), lambda v, c, axis: v.sum(axis=axis) / c.sum(axis=axis), paired=True,
+                       n_resamples=5000, method="percentile", rng=np.random.default_rng(seed))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def ranks(scores: list[float], margin: float) -> list[int]:
+    """1 = best; a candidate shares a rank with better ones if less than margin below the best of them."""
+    result, rank, best = [1] * len(scores), 1, max(scores)
+    for score, index in sorted((-score, index) for index, score in enumerate(scores)):
+        if best + score >= margin:
+            rank, best = rank + 1, -score
+        result[index] = rank
+    return result
+
+
+def pair_hits(scores: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    One group: scores [K] (higher is better) against ranks [K] (1 is best). Returns hits [P] (1 right, 0
+    wrong, 1/2 equal scores) and the indices better [P], worse [P] of the P pairs that the ranks do not tie.
+    """
+    scores, ranks = np.asarray(scores, dtype=np.float64), np.asarray(ranks)
+    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+    return 0.5 * (1 + np.sign(scores[better] - scores[worse])), better, worse
+
+
+def pair_accuracy(scores: list, ranks: list) -> tuple[float, np.ndarray, np.ndarray]:
+    """Lists over G groups -> (accuracy over all pairs, NaN if there are none; hits [G], pairs [G])."""
+    hits = [pair_hits(s, r)[0] for s, r in zip(scores, ranks, strict=True)]
+    right, pairs = np.array([h.sum() for h in hits]), np.array([len(h) for h in hits], dtype=np.float64)
+    return float(right.sum() / pairs.sum()) if pairs.sum() else math.nan, right, pairs
+
+
+def proxy_consistency(candidate: np.ndarray, hr: np.ndarray, lr: np.ndarray) -> float:
+    """
+    1 / (1 + E / CONSISTENCY_SCALE), in (0, 1], E^2 = mean over px of max(0, e(candidate) - e(LR)), e squared error
+    to the HR image at LR size (area-averaged), smoothed by 1 px: an error that the LR image has *there* is forgiven.
+    """
+    truth = down(hr, len(hr) // len(lr))
+    own, unavoidable = (gaussian_filter(((to_float(image) - truth) ** 2).mean(axis=2), 1, mode="reflect")
+                        for image in (down(candidate, len(hr) // len(lr)), lr))
+    return 1 / (1 + math.sqrt(np.maximum(0, own - unavoidable).mean()) / CONSISTENCY_SCALE)
+
+
+def detail_energies(image: np.ndarray) -> np.ndarray:
+    """
+    How much detail is where: [13, H/4, W/4]: luma differences along x, y, both, at two widths, as mean square and as
+    squared mean magnitude (noise spreads energy, edges gather it), and fine chroma. Pooled: texture may move a little.
+    """
+    x = to_float(image)
+    luma = x @ np.array([0.299, 0.587, 0.114])
+    bands = []
+    for width, gain in DETAIL_WIDTHS:
+        y = gain * (gaussian_filter(luma, width, mode="reflect") if width else luma)
+        across, along = np.diff(y, axis=1, append=y[:, -1:]), np.diff(y, axis=0, append=y[-1:])
+        bands += [across, along, np.diff(across, axis=0, append=across[-1:])]
+    bands, chroma = np.stack(bands), np.stack([x[..., 2] - luma, x[..., 0] - luma])    # [6, H, W], [2, H, W]
+    chroma = chroma - gaussian_filter(chroma, (0, 1.5, 1.5), mode="reflect")
+    return np.concatenate([pool(bands**2), pool(np.abs(bands)) ** 2, pool((chroma**2).mean(0)[None])])
+
+
+def pool(maps: np.ndarray) -> np.ndarray:
+    """[N, H, W] -> [N, H/4, W/4]: block means (up to 3 px at the border are dropped), then a Gaussian."""
+    height, width = maps.shape[1] // 4, maps.shape[2] // 4
+    blocks = maps[:, :4 * height, :4 * width].reshape(-1, height, 4, width, 4).mean(axis=(2, 4))
+    return gaussian_filter(blocks, (0, 1, 1), mode="reflect")
+
+
+def proxy_naturalness(candidate: np.ndarray, pristine: np.ndarray) -> float:
+    """
+    exp(-d / NATURALNESS_SCALE) in (0, 1], d: mean |log energy ratio| to `pristine`, the natural image that the
+    candidate was made from: the HR image; for other content, that content before an unnatural fault.
+    """
+    log_energy = [np.log(detail_energies(image) + ENERGY_FLOOR) for image in (candidate, pristine)]
+    return math.exp(-np.abs(log_energy[0] - log_energy[1]).mean() / NATURALNESS_SCALE)
