@@ -1,0 +1,138 @@
+"""
+Metrics against hand-made answers and scipy; the proxy scores do what their definition says.
+
+Run     python -m pytest tests/test_metrics.py        # 3 s
+"""
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from skimage.metrics import structural_similarity
+
+from common import metrics
+
+rng = np.random.default_rng(0)
+IMAGE = metrics.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64), "bicubic")
+LR = metrics.to_uint8(metrics.down(IMAGE, 4))
+
+
+def noisy(sigma, image=IMAGE, seed=1):
+    return metrics.to_uint8(image / 255 + sigma * np.random.default_rng(seed).standard_normal(image.shape))
+
+
+def test_psnr_and_ssim():
+    black, gray = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 51, np.uint8)
+    assert metrics.psnr(black, gray) == pytest.approx(-20 * math.log10(0.2))
+    assert metrics.psnr(gray, gray) == 100 and metrics.ssim(gray, gray) == pytest.approx(1)
+    assert metrics.psnr(gray, gray / 255) == 100                              # uint8 and float agree
+    other = noisy(0.1)
+    assert metrics.ssim(IMAGE, other) == pytest.approx(structural_similarity(
+        IMAGE, other, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False), abs=1e-6)
+    with pytest.raises(AssertionError):
+        metrics.psnr(black, gray[:8])
+
+
+def test_down_and_lr_psnr():
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    assert np.allclose(metrics.down(image, 2)[0, 0] * 255, image[:2, :2].mean(axis=(0, 1)))
+    assert metrics.lr_psnr(np.repeat(np.repeat(LR, 4, 0), 4, 1), LR, 4) == 100
+    assert metrics.lr_psnr(IMAGE, LR, 4) > 50 and metrics.lr_psnr(noisy(0.2), LR, 4) < 35
+
+
+def test_resize():
+    assert metrics.resize(IMAGE, (20, 30), "lanczos").shape == (30, 20, 3)
+    whole = metrics.resize(IMAGE, (16, 16), "bicubic")
+    parts = metrics.resize(IMAGE / 255, (16, 16), "bicubic")
+    assert whole.dtype == np.uint8 and parts.dtype == np.float32
+    assert np.abs(whole - parts * 255).max() < 1.5
+    assert np.allclose(metrics.resize(IMAGE / 255, (16, 16), "area"), metrics.down(IMAGE, 4), atol=1e-6)
+    assert np.array_equal(metrics.resize(LR, (64, 64), "nearest"), np.repeat(np.repeat(LR, 4, 0), 4, 1))
+
+
+def test_uint8_and_back():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(metrics.to_uint8(metrics.to_float(values)), values)
+    assert metrics.to_uint8(np.array([-1.0, 2.0])).tolist() == [0, 255]
+
+
+def test_srcc_is_scipys_and_nan_for_constants():
+    a, b = rng.standard_normal(20), rng.standard_normal(20)
+    assert metrics.srcc(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert metrics.srcc([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert math.isnan(metrics.srcc([1, 1, 1], [1, 2, 3]))
+
+
+def test_bootstrap_interval():
+    values = np.random.default_rng(2).normal(3, 1, 400)
+    low, high = metrics.bootstrap_ci(values, seed=0)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
+    assert (low, high) == metrics.bootstrap_ci(values, seed=0) != metrics.bootstrap_ci(values, seed=1)
+    counts = np.tile([1.0, 9.0], 200)
+    low, high = metrics.bootstrap_ci(counts * 0.7, seed=0, counts=counts)     # a constant share: no spread
+    assert low == pytest.approx(0.7) and high == pytest.approx(0.7)
+    assert all(math.isnan(end) for end in metrics.bootstrap_ci([1.0], seed=0))
+
+
+def test_ranks():
+    assert metrics.ranks([0.9, 0.2, 0.5], 0.05) == [1, 3, 2]
+    assert metrics.ranks([0.9, 0.88, 0.5, 0.5], 0.05) == [1, 1, 2, 2]
+    assert metrics.ranks([0.86, 0.9, 0.82], 0.05) == [1, 1, 2]               # no chain: 0.08 apart is no tie
+    assert metrics.ranks([0.3], 0.05) == [1]
+
+
+def slow_pairs(scores, ranks):
+    hits = []
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if ranks[i] < ranks[j]:
+                hits.append(1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0)
+    return hits
+
+
+def test_pairs_agree_with_two_loops():
+    draws = np.random.default_rng(4)
+    groups = [(draws.integers(0, 4, 6).astype(float), draws.integers(1, 4, 6)) for _ in range(20)]
+    slow = [slow_pairs(*group) for group in groups]
+    accuracy, right, pairs = metrics.pair_accuracy(*zip(*groups))
+    assert accuracy == pytest.approx(np.mean(np.concatenate(slow)))
+    assert right.tolist() == [sum(hits) for hits in slow] and pairs.tolist() == [len(hits) for hits in slow]
+    hits, better, worse = metrics.pair_hits([3, 1, 2], [1, 2, 2])
+    assert hits.tolist() == [1, 1] and better.tolist() == [0, 0] and worse.tolist() == [1, 2]
+    assert math.isnan(metrics.pair_accuracy([[1, 2]], [[1, 1]])[0])
+    with pytest.raises(ValueError):
+        metrics.pair_accuracy([[1, 2]], [])
+
+
+def test_proxy_consistency():
+    shifted = np.clip(IMAGE + 40.0, 0, 255).astype(np.uint8)
+    assert metrics.proxy_consistency(IMAGE, IMAGE, LR) == 1
+    assert 0 < metrics.proxy_consistency(255 - IMAGE, IMAGE, LR) < metrics.proxy_consistency(shifted, IMAGE, LR) < 1
+    flat = np.full((8, 8, 3), 100, np.uint8)                                  # exact answer: E = 0.04 -> 1/2
+    off = np.full((8, 8, 3), 100 / 255 + 0.04)
+    assert metrics.proxy_consistency(off, flat, flat[::4, ::4]) == pytest.approx(0.5)
+    # what an LR image repeats of its own error is not held against a candidate
+    bad_lr = noisy(0.1, LR)
+    assert metrics.proxy_consistency(np.repeat(np.repeat(bad_lr, 4, 0), 4, 1), IMAGE, bad_lr) == pytest.approx(1)
+    # but one foreign corner is, however wrong the LR is elsewhere
+    patched, wrong = IMAGE.copy(), LR.copy()
+    patched[:16, :16] = 255 - patched[:16, :16]
+    wrong[8:] = 255 - wrong[8:]
+    assert metrics.rmse(wrong, metrics.down(IMAGE, 4)) > metrics.rmse(metrics.down(patched, 4), LR)
+    alone = metrics.proxy_consistency(patched, IMAGE, LR)
+    assert metrics.proxy_consistency(patched, IMAGE, wrong) == pytest.approx(alone, abs=0.01) and alone < 0.5
+
+
+def test_proxy_naturalness():
+    assert metrics.proxy_naturalness(IMAGE, IMAGE) == 1
+    scores = [metrics.proxy_naturalness(noisy(sigma), IMAGE) for sigma in (0.01, 0.03, 0.1, 0.3)]
+    assert 1 > scores[0] > scores[1] > scores[2] > scores[3] > 0
+    bright = np.clip(IMAGE, 20, 235)
+    assert metrics.proxy_naturalness(bright + 20, bright) == pytest.approx(1)   # a change of light is no fault
+    texture = noisy(0.1, np.full_like(IMAGE, 128), seed=1)
+    other = noisy(0.1, np.full_like(IMAGE, 128), seed=2)                      # as much texture, other pixels
+    smooth = metrics.resize(metrics.resize(texture, (32, 32), "area"), (64, 64), "bicubic")
+    assert metrics.proxy_naturalness(other, texture) > 0.75 > metrics.proxy_naturalness(smooth, texture)
+    blocks = np.repeat(np.repeat(LR, 4, 0), 4, 1)                             # same content, in squares
+    assert metrics.proxy_naturalness(blocks, IMAGE) < 0.75
+    assert 0 < metrics.proxy_naturalness(IMAGE[:37, :35], IMAGE[:37, :35] // 2) < 1     # any size

@@ -1,0 +1,244 @@
+"""
+Shared prefixes, growing branches and stored features against the plain way: one row per reply, `generate`, no sharing.
+
+Run     python -m pytest tests/test_plain_rows.py       # 30 s
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common import dist, mllm, mllm_policy, prefix_check, reward_grpo, sampling, token_tree, tree_attention
+from common.cohorts import Cohort, scores_of
+from common.small_mllm import build_tokenizer
+from conftest import build_judge, load_stage, make_images
+from test_families import CPU, load, save_random, stock_inputs
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def judge(request, tmp_path_factory) -> mllm.Judge:
+    """A small random one of each family, with LoRA, loaded as a hub checkpoint is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_random(folder, request.param, build_tokenizer())
+    return load(folder, lora=True)
+
+
+def cohort_of(seed: int, count: int) -> Cohort:
+    lr, *images = make_images(seed, 64, 64 + 48 * (seed % 2), count=count)
+    ranks = np.stack([np.random.default_rng([seed, axis]).permutation(count) + 1.0 for axis in range(3)], 1)
+    return Cohort(f"c{seed}", lr, images, [""] * count, ranks, 9 - ranks)
+
+
+# writing ---------------------------------------------------------------------------------------------------
+
+def plain_generate(judge: mllm.Judge, group: list, limit: int) -> list[list[int]]:
+    """transformers alone, from pixels to tokens; group [LR, candidate]."""
+    inputs = stock_inputs(judge, group, "")
+    tokens = judge.net.generate(**inputs, max_new_tokens=limit, do_sample=False, eos_token_id=judge.end_id,
+                                pad_token_id=judge.end_id, suppress_tokens=judge.banned_ids.tolist())
+    return [ids[:ids.index(judge.end_id) + 1] if judge.end_id in ids else ids
+            for ids in tokens[:, inputs["input_ids"].shape[1]:].tolist()]
+
+
+def test_likely_replies_are_those_of_greedy_generate(judge, monkeypatch):
+    """With sharp chances every number draws the likeliest token."""
+    cohorts = [cohort_of(0, 2), cohort_of(1, 3)]
+    groups = [[c.lr, *c.images] for c in cohorts]
+    policy_logits = mllm.policy_logits
+    monkeypatch.setattr("common.sampling.policy_logits", lambda *given: 1e5 * policy_logits(*given))
+    ours = sampling.sample_replies(judge, *mllm.image_features(judge, groups), torch.rand(5, 2, 12), [2, 3])
+    plain = [plain_generate(judge, [c.lr, image], 12)[0] for c in cohorts for image in c.images]
+    assert ours == [[ids, ids] for ids in plain]
+    assert len({tuple(ids) for ids in plain}) > 1
+
+
+@pytest.mark.parametrize("long", [10**6, 0])
+def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monkeypatch, long):
+    monkeypatch.setattr(judge, "long", long)
+    cohorts = [cohort_of(0, 2), cohort_of(1, 3), cohort_of(2, 1)]
+    features, grids = mllm.image_features(judge, [[c.lr, *c.images] for c in cohorts])
+    uniforms = torch.rand(6, 4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        judge.net.lm_head.weight[judge.end_id] *= 3                     # so that replies end, at different tokens
+    try:
+        ours = sampling.sample_replies(judge, features, grids, uniforms, [2, 3, 1])
+        plain = sampling.sample_replies(replace(judge, plain_rows=True), features, grids, uniforms, [2, 3, 1])
+    finally:
+        with torch.no_grad():
+            judge.net.lm_head.weight[judge.end_id] /= 3
+    assert ours == plain
+    lengths = [len(ids) for own in ours for ids in own]
+    assert len(set(lengths)) > 2 and max(lengths) == 16
+
+
+def test_replies_that_have_ended_are_not_computed(monkeypatch):
+    judge, _ = build_judge()
+    policy_logits, end = mllm.policy_logits, torch.arange(judge.net.lm_head.out_features) == judge.end_id
+    monkeypatch.setattr("common.sampling.policy_logits", lambda *given: policy_logits(*given) / 10 + 4 * end)
+    seen, forward = [], judge.net.model.forward
+    monkeypatch.setattr(judge.net.model, "forward", lambda **given: (seen.append(given["input_ids"].shape),
+                                                                     forward(**given))[1])
+    cohorts = [cohort_of(0, 2), cohort_of(2, 1)]
+    features = mllm.image_features(judge, [[c.lr, *c.images] for c in cohorts])
+    replies = sampling.sample_replies(judge, *features, torch.rand(
+        3, 6, 30, generator=torch.Generator().manual_seed(0)), [2, 1])
+    rows = [replies[0] + replies[1], replies[2]]
+    lengths = [[len(ids) for ids in own] for own in rows]
+    going = [[sum(n > t for n in own) for own in lengths] for t in range(1, max(map(max, lengths)))]
+    assert [tuple(shape) for shape in seen[1:]] == [(sum(n > 0 for n in own), max(own)) for own in going]
+    assert len(set(seen[1:])) > 4
+
+
+# the loss --------------------------------------------------------------------------------------------------
+
+def gradients_of(judge: mllm.Judge, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()
+    found = {name: p.grad for name, p in judge.model.named_parameters() if p.grad is not None}
+    judge.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("trained, long", [("lora", 10**6), ("lora", 0), ("all", 0)])
+def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, monkeypatch, trained, long):
+    """With one dense mask, and branch by branch (long 0)."""
+    monkeypatch.setattr(judge, "long", long)
+    frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
+    judge.model.requires_grad_(True) if trained == "all" else None
+    cohorts = [cohort_of(0, 2), cohort_of(1, 3)]
+    rng = np.random.default_rng(0)
+    replies = [[[judge.encode(mllm.compose_reply(rng.uniform(1, 9, 3), "warp" * k)) for k in range(3)]
+                for _ in c.images] for c in cohorts]
+    digits = judge.digit_ids.expand(5 * 3, -1)
+    found = []
+    for own in (judge, replace(judge, plain_rows=True)):
+        logp, mask, direct = mllm_policy.logp(own, *mllm.image_features(
+            own, [[c.lr, *c.images] for c in cohorts]), replies, digits)
+        loss = logp[mask].mean() + direct.mean()
+        found.append((loss.detach(), gradients_of(own, loss)))
+    for name, p in judge.model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    (loss, ours), (plain_loss, plain) = found
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    assert ours.keys() == plain.keys() and any("visual" in name for name in ours) == (trained == "all")
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
+
+
+def test_plain_rows_are_what_transformers_computes_from_pixels(judge):
+    cohort = cohort_of(1, 2)
+    features, grids = mllm.image_features(judge, [[cohort.lr, *cohort.images]])
+    row = mllm.prompt_row(judge, grids[0], grids[1:])
+    with torch.no_grad():
+        hidden = mllm.hidden_states(replace(judge, plain_rows=True), token_tree.collate([row], CPU), features)
+        for c, image in enumerate(cohort.images):
+            wanted = judge.net.model(**stock_inputs(judge, [cohort.lr, image], "")).last_hidden_state[0]
+            at = len(row[0].ids) + sum(len(s.ids) for s in row[1:1 + c])
+            torch.testing.assert_close(hidden[0, at:at + len(row[1 + c].ids)], wanted[len(row[0].ids):])
+
+
+def test_log_probabilities_in_chunks_are_the_same_and_hold_no_logits(judge, monkeypatch):
+    vocabulary, n = judge.net.lm_head.out_features, 50
+    hidden = torch.randn(n, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tokens = judge.digit_ids[torch.arange(n * 2).view(n, 2) % 9]
+    found, held = [], []
+    for limit in (2**24, 7 * vocabulary):
+        monkeypatch.setattr(mllm_policy, "CHUNK_LOGITS", limit)
+        sizes = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            logp = mllm_policy.token_logp(judge, hidden, tokens)
+        found.append((logp, *torch.autograd.grad(logp.square().sum(), hidden)))
+        held.append(max(sizes))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert held[0] == n * vocabulary > 4 * held[1]
+
+
+# at the start of a run -------------------------------------------------------------------------------------
+
+def test_a_model_on_which_shared_prefixes_hold_uses_them(judge, capsys):
+    prefix_check.choose_rows(cohort_of(0, 3), judge)
+    assert not judge.plain_rows and capsys.readouterr().out.startswith("shared prefixes checked")
+    assert all(p.grad is None for p in judge.model.parameters())
+
+
+@pytest.mark.parametrize("dtype, broken", [
+    (torch.float32, "siblings see each other"), (torch.float32, "positions go on"),
+    (torch.bfloat16, "siblings see each other"), (torch.float32, "long rows"), (torch.float32, "on another rank")])
+def test_a_model_on_which_they_do_not_hold_goes_on_with_plain_rows_and_says_so(monkeypatch, capsys, dtype, broken):
+    judge, _ = build_judge()
+    judge.model.requires_grad_(True).to(dtype)
+    collate = token_tree.collate
+
+    def wrong(*given):
+        rows = collate(*given)
+        if broken in ("long rows", "on another rank"):
+            return rows
+        if broken == "positions go on":
+            return replace(rows, positions=torch.arange(rows.ids.shape[1]).expand_as(rows.positions))
+        return replace(rows, mask=torch.ones_like(rows.mask).tril())
+
+    def wrong_branches(rows, long):
+        found = branches(rows, long)
+        for branch in found or ():
+            branch.mask = torch.ones_like(branch.mask)
+        return found
+
+    branches = tree_attention.branches
+    if broken == "long rows":
+        monkeypatch.setattr(tree_attention, "branches", wrong_branches)
+    if broken == "on another rank":
+        monkeypatch.setattr(dist, "gather_rows", lambda own: torch.cat([own, torch.full_like(own, torch.nan)]))
+    monkeypatch.setattr(token_tree, "collate", wrong)
+    prefix_check.choose_rows(cohort_of(0, 3), judge)
+    printed = capsys.readouterr().out
+    assert judge.plain_rows and printed.count("\n") == 1 and "one plain row per reply" in printed
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_a_frozen_tower_sees_each_image_of_a_step_once(judge, monkeypatch, lora_rank):
+    stage = load_stage("02")
+    cfg = stage.Config(run="", replies=2, direct_replies=4, max_reply_tokens=6, groups_per_step=2, reasoned_groups=1,
+                       lora_rank=lora_rank, candidate_view="image", updates_per_rollout=2)
+    reference = judge if lora_rank else replace(judge)
+    if not lora_rank:
+        frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
+        judge.model.requires_grad_(True)
+    seen, look = [], judge.net.get_image_features
+    monkeypatch.setattr(judge.net, "get_image_features", lambda pixels, grids, **rest: (
+        seen.append(len(grids)), look(pixels, grids, **rest))[1])
+    cohorts = [cohort_of(0, 3), cohort_of(2, 3)]
+    answers = mllm_policy.sample(judge, cfg, cohorts, 0, {"c0"})
+    for item in answers:
+        reward_grpo.score(judge, cfg, item)
+    reward_grpo.advantages(judge, cfg, answers)
+    old = {}
+    for _ in range(cfg.updates_per_rollout):
+        reward_grpo.learn(judge, reference, cfg, answers, old)
+    judge.model.zero_grad()
+    # all weights: rollout, policy of two updates, and the reference (here the same tower) once
+    assert sum(seen) == 2 * 4 * (1 if lora_rank else 4)
+    if not lora_rank:
+        for name, p in judge.model.named_parameters():
+            p.requires_grad_(name not in frozen)
+
+
+# scores ----------------------------------------------------------------------------------------------------
+
+def test_any_number_of_candidates_is_scored_as_each_alone(judge):
+    groups = [cohort_of(seed, count) for seed, count in ((0, 1), (2, 7), (1, 3))]
+    scores = mllm.expected_scores(judge, [c.lr for c in groups], [c.images for c in groups])
+    assert scores.shape == (3, 7, 3) and scores.isnan().any(-1).sum(1).tolist() == [6, 0, 4]
+    for own, found in zip(groups, scores):
+        for c, image in enumerate(own.images):
+            alone = mllm.expected_scores(judge, [own.lr], [[image]])[0, 0]
+            torch.testing.assert_close(found[c], alone, rtol=0, atol=1e-5)
+    plain = mllm.expected_scores(replace(judge, plain_rows=True), [c.lr for c in groups], [c.images for c in groups])
+    torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_validation_looks_at_fewer_images_at_once_where_memory_is_short(judge, monkeypatch):
+    cohorts, look, seen = [cohort_of(2 * seed, 2) for seed in range(6)], mllm.image_features, []
+    monkeypatch.setattr(mllm, "image_features", lambda own, groups: (seen.append(len(groups)), look(own, groups))[1])
+    few, many = scores_of(judge, cohorts, 1), scores_of(judge, cohorts, 5)
+    assert seen == [4, 2, 6] and np.allclose(few, many, atol=1e-5)

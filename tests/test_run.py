@@ -1,0 +1,409 @@
+"""
+What a stage leaves on disk: gates, seeds, metrics, checkpoints.
+
+Run     python -m pytest tests/test_run.py          # 5 s
+"""
+
+import dataclasses
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from common import checkpoints, config, faults, run
+from conftest import ROOT, load_stage
+
+SCRIPT = "/anywhere/02_train_reward.py"
+
+
+@dataclasses.dataclass
+class Config:
+    run: str
+    seed: int = 0
+    lr: float = 1e-4
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["02_train_reward.py", "configs/demo.yaml", "lr=3", "run=runs/x"])
+
+
+def stopped(capsys, function, *arguments, code: int = 2) -> str:
+    """Call function, which has to exit with `code`, and return what it printed: one line for an error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == code
+    assert code == 0 or (out == "" and re.fullmatch(r"error: [^\n]+\n", err))
+    return out + err
+
+
+def finish(folder):
+    run.write_manifest(folder, script=SCRIPT, started=time.time() - 5, inputs=[], results={"accuracy": 0.5})
+
+
+# stages ----------------------------------------------------------------------------------------------------
+
+def test_a_stage_is_opened_resumed_and_moved(tmp_path):
+    folder = run.open_stage(Config(run=str(tmp_path / "a")), SCRIPT)
+    assert folder == tmp_path / "a" / "02_train_reward"
+    cfg = Config(run=str(tmp_path / "a"))
+    assert config.load_config(Config, SCRIPT, [str(folder / "config.yaml")]) == cfg
+    assert run.open_stage(cfg, SCRIPT) == folder
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert run.open_stage(Config(run=str(tmp_path / "b")), SCRIPT).exists()
+
+
+def test_other_settings_are_refused(tmp_path, capsys):
+    corrected = Config(run=str(tmp_path))
+    folder = run.open_stage(Config(run=str(tmp_path), seed=7), SCRIPT)
+    run.open_stage(corrected, SCRIPT)                                   # nothing was done with the wrong seed
+    run.log_metrics(folder, 0, {})
+    before = (folder / "config.yaml").read_bytes()
+    changed = Config(run=str(tmp_path), seed=1, names=["a", "b"])
+    message = stopped(capsys, run.open_stage, changed, SCRIPT)
+    assert "seed: 0 -> 1" in message and "names: ['a'] -> ['a', 'b']" in message and "lr" not in message
+    assert "another run=" in message and str(folder) in message
+    assert (folder / "config.yaml").read_bytes() == before
+    finish(folder)
+    assert "seed: 0 -> 1" in stopped(capsys, run.open_stage, changed, SCRIPT)
+
+
+def test_a_finished_stage_says_so_and_names_the_next_command(tmp_path, capsys):
+    folder = run.open_stage(Config(run=str(tmp_path)), SCRIPT)
+    finish(folder)
+    message = stopped(capsys, run.open_stage, Config(run=str(tmp_path)), SCRIPT, code=0)
+    assert f"02_train_reward is finished: {folder}" in message
+    assert "next: python 03_eval_reward.py configs/demo.yaml run=runs/x\n" in message
+
+
+def test_a_folder_that_cannot_be_written_stops(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert str(path) in stopped(capsys, run.open_stage, Config(run=str(path)), SCRIPT)
+
+
+def test_a_missing_stage_names_its_command(tmp_path, capsys):
+    folder = run.open_stage(Config(run=str(tmp_path)), SCRIPT)
+    message = stopped(capsys, run.require, tmp_path, "02_train_reward")
+    assert "first run `python 02_train_reward.py configs/demo.yaml run=runs/x`" in message
+    finish(folder)
+    assert run.require(str(tmp_path), "02_train_reward") == folder
+
+
+def test_manifest(tmp_path, capsys):
+    first, second = (tmp_path / stem for stem in config.STAGES[:2])
+    for folder in (first, second):
+        folder.mkdir()
+    run.write_json(first / "manifest.json", {"stage": first.name})
+    run.write_manifest(second, script=SCRIPT, started=time.time() - 5, inputs=[first],
+                       results={"accuracy": np.float32(0.5), "bad": float("nan")})
+    manifest = json.loads((second / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["stage"] == "02_train_reward" and manifest["results"] == {"accuracy": 0.5, "bad": None}
+    assert manifest["inputs"] == {first.name: run.sha256(first / "manifest.json")}
+    assert manifest["argv"] == sys.argv and 5 <= manifest["seconds"] < 60 and manifest["world_size"] == 1
+    assert 0 < manifest["peak_memory_gb"] < 100 and manifest["packages"]["torch"] and set(manifest["git"])
+    out = capsys.readouterr().out
+    assert "accuracy" in out and str(second) in out and "next: python 03_eval_reward.py" in out
+
+
+def test_git_state_is_the_commit_and_whether_files_differ(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    assert run.git_state(tmp_path) == {"commit": None, "dirty": None}       # no commit yet
+    (tmp_path / "a.py").write_text("")
+    git("add", "a.py")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "a tag is not a commit")
+    clean = run.git_state(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["dirty"] is False
+    (tmp_path / "a.py").write_text("changed")
+    assert run.git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
+
+
+# seeds -----------------------------------------------------------------------------------------------------
+
+def test_seeds_depend_on_seed_and_keys_alone():
+    def draw(*keys):
+        return torch.randn(3, generator=run.generator(*keys)).tolist()
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    different = [(0,), (1,), (0, "a"), (0, "a", 1), (0, "a", "1"), (0, "a1"), (0, 1, "a")]
+    assert len({tuple(draw(*keys)) for keys in different}) == len(different)
+    assert run.np_rng(0, "a").random() == run.np_rng(0, "a").random() != run.np_rng(0, "b").random()
+    assert run.stable_seed(0, "rollout", 3) == 1320416013433573303      # the same in every process, for years
+
+
+@pytest.mark.parametrize("key", [np.int64(1), 1.0, True, None, ("a",)])
+def test_keys_whose_text_is_not_stable_are_refused(key):
+    with pytest.raises(AssertionError):
+        run.generator(0, key)
+
+
+# metrics and other files -----------------------------------------------------------------------------------
+
+def test_metrics_are_strict_json_and_trimmed_on_resume(tmp_path):
+    for step in range(4):
+        run.log_metrics(tmp_path, step, {"loss": torch.tensor(0.5), "kl": np.float32("nan"), "top": math.inf})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')                       # the process died here
+    run.trim_metrics(tmp_path, 2)
+    run.log_metrics(tmp_path, 2, {"loss": 1})
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0].keys() == {"step", "time", "loss", "kl", "top"}
+    assert (rows[0]["loss"], rows[0]["kl"], rows[0]["top"]) == (0.5, None, None)
+    run.trim_metrics(tmp_path / "new", 0)                   # nothing there yet: nothing to do
+
+
+def test_json_round_trip(tmp_path, capsys):
+    value = {"a": np.array([1.5, np.nan]), "b": (torch.tensor(2), tmp_path), "ü": [None, True], 3: -math.inf}
+    run.write_json(tmp_path / "x.json", value)
+    assert run.read_json(tmp_path / "x.json") == {"a": [1.5, None], "b": [2, str(tmp_path)],
+                                                  "ü": [None, True], "3": None}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    (tmp_path / "x.json").write_text('{"a": ')
+    assert "x.json" in stopped(capsys, run.read_json, tmp_path / "x.json")
+    assert "none.json" in stopped(capsys, run.read_json, tmp_path / "none.json")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    run.write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(tmp_path / "x.json", {"a": object()})
+    with pytest.raises(TypeError):
+        run.write_bytes(tmp_path / "x.json", "not bytes")
+    assert run.read_json(tmp_path / "x.json") == {"a": 1}
+
+
+# checkpoints -----------------------------------------------------------------------------------------------
+
+def save(folder, step, value=0.0):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=value)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    weights = {"w": torch.full((2, 3), value, dtype=torch.bfloat16), "scalar": torch.tensor(step)}
+    weights |= {"tied": weights["w"], "view": weights["w"].T}
+    return run.save_checkpoint(folder, step, weights=weights, optimizer=optimizer.state_dict(),
+                               state={"best": value})
+
+
+def test_checkpoint_round_trip(tmp_path):
+    assert run.latest_checkpoint(tmp_path) is None
+    assert save(tmp_path, 200, 0.5) == tmp_path / "checkpoints" / "step_000200"
+    step, weights, optimizer, state = run.latest_checkpoint(tmp_path)
+    assert step == 200 and state == {"step": 200, "best": 0.5}
+    assert weights["w"].dtype == torch.bfloat16 and weights["w"].tolist() == [[0.5] * 3] * 2
+    assert weights["view"].shape == (3, 2) and weights["scalar"] == 200
+    assert torch.equal(weights["tied"], weights["w"])
+    assert optimizer["param_groups"][0]["lr"] == 0.5 and optimizer["state"][0]["exp_avg"].shape == (2, 2)
+
+
+def test_the_newest_two_stay(tmp_path):
+    for step in (1, 999_999, 1_000_000, 1_000_000):         # the last one is saved once more
+        save(tmp_path, step, value=step / 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_999999", "step_1000000"}
+    assert run.latest_checkpoint(tmp_path)[0] == 1_000_000
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_json", killed)          # state.json is the last file of a checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2)
+    assert (tmp_path / "checkpoints" / "step_000002.tmp" / "optimizer.pt").exists()
+    assert run.latest_checkpoint(tmp_path)[0] == 1
+    save(tmp_path, 2)                                       # the leftovers are no obstacle
+    assert run.latest_checkpoint(tmp_path)[0] == 2
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+DAMAGE = {
+    "optimizer.pt": [b"", b"PK\x03\x04 torn", b"\x80\x02K\x01."],
+    "model.safetensors": [b"", b"\xff" * 99, None],
+    "state.json": [b"{", b"[]", b"{}", b'{"sha256": {}}', b"\xff\x00", None],
+}
+
+
+def flipped(path: Path) -> bytes:
+    """The file with one bit changed, far from its header."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    return bytes(content)
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name in DAMAGE for content in [*DAMAGE[name], "flip"]])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, name, content):
+    older, newer = save(tmp_path, 1) / name, save(tmp_path, 2) / name
+    damage(newer, flipped(newer) if content == "flip" else content)
+    assert run.latest_checkpoint(tmp_path)[0] == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: [^\n]*step_000002/{name} is damaged[^\n]*before it\n", said)
+    damage(older, flipped(older) if content == "flip" else content)
+    with pytest.raises(SystemExit) as stop:
+        run.latest_checkpoint(tmp_path)
+    warned, message = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and warned.startswith("warning: ") and message.startswith("error: ")
+    assert f"step_000002/{name} is damaged" in message and "delete" in message and "weights_only" not in message
+
+
+def test_a_changed_number_in_state_json_is_noticed(tmp_path, capsys):
+    save(tmp_path, 1, 0.25)
+    path = save(tmp_path, 2, 0.5) / "state.json"
+    path.write_text(path.read_text().replace('"best": 0.5', '"best": 0.9'))
+    assert run.latest_checkpoint(tmp_path)[3] == {"step": 1, "best": 0.25}
+
+
+def test_a_run_that_was_resumed_saves_the_step_that_it_has_reached(tmp_path):
+    save(tmp_path, 1)
+    state = run.latest_checkpoint(tmp_path)[3]
+    run.save_checkpoint(tmp_path, 2, weights={}, optimizer={}, state=state)
+    assert run.latest_checkpoint(tmp_path)[0] == 2
+
+
+def test_after_a_damaged_checkpoint_the_newest_two_whole_ones_stay(tmp_path, capsys):
+    for step in (2, 4):
+        path = save(tmp_path, step)
+    (path / "optimizer.pt").write_bytes(b"")
+    save(tmp_path, 3)                                       # went on from 2
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["step_000002", "step_000003"]
+
+
+def test_a_pickled_object_is_refused(tmp_path, capsys):
+    path = save(tmp_path, 1)
+    torch.save({"state": print}, path / "optimizer.pt")
+    state = json.loads((path / "state.json").read_text())
+    state["sha256"]["optimizer.pt"] = run.sha256(path / "optimizer.pt")
+    run.write_json(path / "state.json", state)
+    assert "optimizer.pt is damaged (UnpicklingError)" in stopped(capsys, run.latest_checkpoint, tmp_path)
+
+
+def test_the_best_weights_carry_their_checksum(tmp_path, capsys):
+    path, tensors = tmp_path / "best.safetensors", {"w": torch.arange(999.0), "b": torch.tensor(1.5).bfloat16()}
+    run.save_tensors(path, tensors)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in run.load_tensors(path).items())
+    whole = path.read_bytes()
+    for content in (flipped(path), whole[:-1], b"", safetensors.torch.save(tensors), None):
+        damage(path, content)
+        assert "best.safetensors" in stopped(capsys, run.load_tensors, path)
+
+
+def test_weights_of_another_model_are_named(tmp_path, capsys):
+    wanted = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
+    run.require_fit(wanted | {"more": torch.zeros(9)}, wanted, tmp_path)
+    assert "lacks b and 0 more" in stopped(capsys, run.require_fit, {"a": wanted["a"]}, wanted, tmp_path)
+    assert "a is [3, 2], expected [2, 3]" in stopped(
+        capsys, run.require_fit, wanted | {"a": torch.zeros(3, 2)}, wanted, tmp_path)
+
+
+def test_damaged_weights_of_a_finished_stage_are_noticed(tmp_path, capsys):
+    folder = run.open_stage(Config(run=str(tmp_path)), SCRIPT)
+    (folder / "judge" / "adapter").mkdir(parents=True)
+    path = folder / "judge" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(b"a" * 99)
+    save(folder, 1)
+    finish(folder)
+    assert list(run.read_json(folder / "manifest.json")["weights"]) == ["judge/adapter/adapter_model.safetensors"]
+    assert run.require(tmp_path, "02_train_reward") == folder
+    for content in (flipped(path), None):
+        damage(path, content)
+        message = stopped(capsys, run.require, tmp_path, "02_train_reward")
+        assert str(path) in message and "run `python 02_train_reward.py" in message
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path, capsys):
+    folder = run.open_stage(Config(run=str(tmp_path)), SCRIPT)
+    run.open_stage(Config(run=str(tmp_path)), SCRIPT)               # the same process may
+    code = "import sys, pathlib; from common import run; run.lock(pathlib.Path(sys.argv[1])); print('locked')"
+    other = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: [^\n]*another process is at work there[^\n]*\n", done.stderr)
+    assert subprocess.run([*other[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True).stdout == "locked\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux: a device that is always full")
+def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
+    with pytest.raises(SystemExit) as stopped, run.explained(), open("/dev/full", "w") as file:
+        file.write("x")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error:") and "No space left" in said and "same command again" in said
+
+
+def test_no_memory_is_one_line_that_names_the_way_out_and_other_errors_pass(capsys):
+    with pytest.raises(SystemExit), run.explained():
+        np.zeros(2**56)
+    assert "lower what --help marks `memory`" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as interrupted, run.explained():
+        raise KeyboardInterrupt
+    assert interrupted.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError), run.explained():
+        open("/no/such/file")
+
+
+def test_memory_that_torch_lacks_names_the_settings(capsys):
+    module = load_stage("04")
+    with pytest.raises(SystemExit), faults.explained(module.Config):
+        torch.empty(2**48)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "same command again" in said
+    assert "lower samples_per_gpu or set gradient_checkpointing=true, and" in said
+    for number in "12345":
+        assert faults.memory_settings(load_stage(f"0{number}").Config)
+
+
+@pytest.mark.parametrize("wait", ["time.sleep(60)", "lock(mutex), lock(mutex)"])
+def test_sigterm_is_one_line_and_a_status(tmp_path, wait):
+    """Also while the main thread waits for ever outside the interpreter, as in a collective."""
+    code = f"""
+import ctypes, pathlib, sys, time
+from common import run
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+with run.explained():
+    pathlib.Path(sys.argv[1]).touch()
+    {wait}
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ready")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "ready").exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.terminate()
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM and out == ""
+    assert err.strip() == f"error: stopped by SIGTERM: {faults.AGAIN}"
+
+
+def test_sigterm_is_as_it_was_after_the_run():
+    before = signal.getsignal(signal.SIGTERM)
+    with run.explained():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, run.explained():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err == f"\nerror: stopped by Ctrl-C: {faults.AGAIN}\n"
