@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sampling, sharding
 from common.cohorts import Cohort, encode_images, evaluate, load_cohorts, mine, pick, scores_of
-from common.config import load_config, nearest
-from common.labels import label_arrays
+from common.config import load_config
+from common.labels import check_methods, label_arrays
 from common.mllm import Judge
 from common.mllm_policy import sample
 from common.reward_grpo import advantages, learn, score
@@ -280,16 +280,6 @@ def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge
     return trainable_judge(cfg, load_base(cfg, cfg.model, device))
 
 
-def check_methods(cfg: Config, source: Path) -> None:
-    """Stop at a name in held_out_methods that no candidate has."""
-    methods = {candidate["method"] for group in data.all_groups(source) for candidate in group["candidates"]}
-    known = methods | {part for method in methods for part in method.split("+")}
-    for name in cfg.held_out_methods:
-        if name not in known:
-            run.fail(f"held_out_methods: {source} has no candidate of method {name!r}; "
-                     f"did you mean {nearest(name, known)!r}?")
-
-
 def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, source: Path, val: list[Cohort],
                state: dict) -> None:
     """Write judge/: weights, prompt, the calibration fitted on validation, and the model card."""
@@ -316,7 +306,7 @@ def main(cfg: Config) -> None:
         run.fail(f"fsdp: {dist.world_size()} processes are more than cold_start_groups={cfg.cold_start_groups} or "
                  f"groups_per_step={cfg.groups_per_step}, but each needs a group: start fewer")
     source = run.require(cfg.run, "01_build_dataset")
-    check_methods(cfg, source)
+    check_methods(source, cfg.held_out_methods)
     train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
     size, (height, width) = round(sum(len(c.images) for c in train) / len(train)), train[0].images[0].shape[:2]

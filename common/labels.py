@@ -1,8 +1,11 @@
 """Labels of many groups as arrays, and what can be guessed of them from the names of the methods alone."""
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from common import data, run
+from common.config import nearest
 from common.data import AXES
 
 
@@ -25,6 +28,16 @@ def label_arrays(groups: list[dict]) -> Labels:
 def has_method(candidate: dict, names: list[str]) -> bool:
     """Whether its method, or a part of it ("warp" in "warp+blur"), is one of the names."""
     return not set(names).isdisjoint([candidate["method"], *candidate["method"].split("+")])
+
+
+def check_methods(folder: Path, names: list[str]) -> None:
+    """Stop at a name in held_out_methods that no candidate of the data set has."""
+    methods = {candidate["method"] for group in data.all_groups(folder) for candidate in group["candidates"]}
+    known = methods | {part for method in methods for part in method.split("+")}
+    for name in names:
+        if name not in known:
+            run.fail(f"held_out_methods: {folder} has no candidate of method {name!r}; "
+                     f"did you mean {nearest(name, known)!r}?")
 
 
 def leave_out(groups: list[dict], names: list[str]) -> list[dict]:
