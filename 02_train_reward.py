@@ -126,6 +126,8 @@ class Config:
             f"overlong_tokens={self.overlong_tokens} must be in 1..max_reply_tokens"
         assert self.margin_width > 0, f"margin_width={self.margin_width}: it is a width, so more than 0"
         loggers.check(self.log_to)
+        assert self.lora_rank or self.dtype == "float32", \
+            f"lora_rank=0 trains all weights: dtype={self.dtype} would round its updates away; set dtype=float32"
         assert not (self.fsdp and self.lora_rank), "fsdp is for training all weights: set lora_rank=0 or fsdp=false"
         assert not (self.fsdp and self.model == "small" and self.cold_start_muon_lr + self.muon_lr), \
             "fsdp trains with AdamW alone: set cold_start_muon_lr=0 muon_lr=0"

@@ -198,6 +198,7 @@ def test_plain_rows_last_to_the_judge_of_a_run_in_shards(toy_run, toy_config, tm
 @pytest.mark.parametrize("number, overrides, says", [
     ("02", ["fsdp=true"], "set lora_rank=0 or fsdp=false"),
     ("02", ["fsdp=true", "lora_rank=0", "muon_lr=0"], "set cold_start_muon_lr=0 muon_lr=0"),
+    ("02", ["lora_rank=0", "dtype=bfloat16"], "dtype=bfloat16 would round its updates away; set dtype=float32"),
     ("02", ["warmup_steps=0"], "warmup_steps=0: should be at least 1"),
     ("02", ["save_every=0"], "save_every=0: should be at least 1"),
     ("04", ["eval_every=0"], "eval_every=0: should be at least 1")])
