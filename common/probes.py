@@ -30,7 +30,9 @@ PROBES = {                              # name -> axis that it hurts, what was d
 
 def tamper(hr: np.ndarray, lr: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """One uint8 image per entry of PROBES, in its order, of an HR image, its LR image and another HR image."""
-    (height, width), image, foreign = hr.shape[:2], hr / 255.0, other / 255.0
+    (height, width), image = hr.shape[:2], hr / 255.0
+    other = other if other.shape == hr.shape else metrics.resize(other, (width, height), "bicubic")
+    foreign = other / 255.0
     gray = foreign.mean(axis=2, keepdims=True)
     detail = gray - smooth(gray, 4.0)
     top, left = height // 4, width // 4

@@ -142,9 +142,10 @@ def test_calibration_reports_errors_on_the_other_split():
 
 # probes ----------------------------------------------------------------------------------------------------
 
-def test_every_probe_does_what_its_name_says():
+@pytest.mark.parametrize("size", [(64, 64), (128, 192)])
+def test_every_probe_does_what_its_name_says(size):
     lr, _, hr, _ = make_images(0, 64, 64)
-    _, _, other, _ = make_images(1, 64, 64)
+    _, _, other, _ = make_images(1, *size)                                   # imports may mix sizes
     images = dict(zip(probes.PROBES, probes.tamper(hr, lr, other, np.random.default_rng(0)), strict=True))
     assert all(image.shape == hr.shape and image.dtype == np.uint8 for image in images.values())
     inside = np.s_[16:48, 16:48]
