@@ -30,9 +30,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
 from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sampling, sharding
-from common.cohorts import Cohort, encode_images, evaluate, load_cohorts, mine, pick, scores_of
+from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, scores_of
 from common.config import load_config
 from common.labels import check_methods, label_arrays
+from common.looks import encode_images
 from common.mllm import Judge
 from common.mllm_policy import sample
 from common.reward_grpo import advantages, learn, score

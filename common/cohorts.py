@@ -3,20 +3,15 @@ Cohorts: one LR image and its candidates with labels, in memory, as the reward m
 
 Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
 """
-import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from common import data, dist, labels, metrics, mllm, run, sharding
+from common import data, dist, labels, metrics, mllm, run
 from common.mllm import AXES, Judge
-
-CHANNEL_ORDERS = [list(order) for order in itertools.permutations(range(3))]
-LOOKS = 8 * len(CHANNEL_ORDERS)         # flips and quarter turns, times orders of R, G, B
 
 
 @dataclass
@@ -79,47 +74,6 @@ def pick(cohorts: list[Cohort], seed: int, phase: str, step: int, count: int) ->
 def mine(items: list) -> list:
     """This rank's share of a list: contiguous, so that gather_rows restores the order."""
     return [items[i] for i in np.array_split(np.arange(len(items)), dist.world_size())[dist.rank()]]
-
-
-@dataclass
-class Images:                           # what a judge is shown of a cohort: LR, candidate 1..C
-    pixels: Tensor                      # [patches, 3 * 2 * p * p]
-    grids: Tensor                       # [1 + C, 3]
-    features: dict = field(default_factory=dict)    # by vision tower (its id), of frozen ones: 1 + C tensors
-
-
-def look_at(judge: Judge, cohort: Cohort, look: int) -> Images:
-    """
-    look: one of LOOKS ways to turn, flip and swap the color channels of all the cohort's images alike; 0: as they are.
-
-    Labels are taken to stay as they are.
-    """
-    channels, turn = CHANNEL_ORDERS[look // 8], look % 8
-    return Images(*mllm.pixel_patches(judge, [[
-        np.ascontiguousarray(np.rot90(image[:, ::-1] if turn & 4 else image, turn & 3)[..., channels])
-        for image in [cohort.lr, *cohort.images]]]))
-
-
-def encode(judge: Judge, images: list[Images]) -> tuple[list[Tensor], Tensor]:
-    """
-    Features and grids of LR, candidate 1..C, LR, candidate 1..C, ..: [cohorts * (1 + C)].
-
-    A vision tower that does not train sees the same images once: rollout, reference and policy share what it found.
-    One in shards sees them each time, as all ranks must make the same passes.
-    """
-    tower, grids = id(judge.net.model.visual), torch.cat([own.grids for own in images])
-    if not all(tower in own.features for own in images):
-        features = mllm.patch_features(judge, torch.cat([own.pixels for own in images]), grids)
-        if mllm.tower_trained(judge) or sharding.units(judge):
-            return features, grids
-        found = iter(features)
-        for own in images:
-            own.features[tower] = [next(found) for _ in own.grids]
-    return [feature for own in images for feature in own.features[tower]], grids
-
-
-def encode_images(judge: Judge, cohorts: list[Cohort], looks: list[int]) -> tuple[list[Tensor], Tensor]:
-    return encode(judge, [look_at(judge, cohort, look) for cohort, look in zip(cohorts, looks)])
 
 
 def scores_of(judge: Judge, cohorts: list[Cohort], groups_per_forward: int = 4) -> np.ndarray:

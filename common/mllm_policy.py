@@ -14,8 +14,9 @@ from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from common import mllm, run, sampling, token_tree
-from common.cohorts import LOOKS, Cohort, Images, encode, look_at
-from common.mllm import Judge, policy_logits, prompt_row
+from common.cohorts import Cohort
+from common.looks import LOOKS, Images, encode, look_at
+from common.mllm import AXES, Judge, policy_logits, prompt_row
 
 CHUNK_LOGITS = 2**24                    # float32 logits held at once: 64 MB
 
@@ -93,6 +94,17 @@ class Answers:                          # what the model wrote about one cohort,
     advantages: list[Tensor] = None     # C * K x [tokens of the reply]
     digit_kept: Tensor = None           # [C * 3] bool, False: dropped, its rewards are too much alike
     kept: Tensor = None                 # [C] bool, likewise for the replies
+
+
+def digit_places(judge: Judge, text: str, ids: list[int]) -> list[int]:
+    """Where in a reply the score of each axis stands, [3]; [] if it does not parse or a score is not one token."""
+    if mllm.parse_reply(text) is None:
+        return []
+    digits = set(judge.digit_ids.tolist())
+    places = [place for place, token in enumerate(ids) if token in digits][-3:]
+    ends = [judge.tokenizer.decode(ids[:place]) for place in places]
+    right = len(places) == 3 and all(end.endswith(f"{axis}: ") for end, axis in zip(ends, AXES))
+    return places if right else []
 
 
 def pieces(items: list, with_replies: list[bool], size: int) -> list[list]:

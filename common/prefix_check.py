@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from common import dist, mllm, mllm_policy
-from common.cohorts import Cohort, encode_images
+from common.cohorts import Cohort
+from common.looks import encode_images
 from common.mllm import Judge
 
 # relative, of loss and gradients. Measured on small models: 1e-6 and 1e-6 in float32, 4e-5 and 0.02 in bfloat16, whose

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common import dist, grpo, mllm, mllm_policy, rewards, sharding
-from common.cohorts import Cohort, encode
+from common.cohorts import Cohort
+from common.looks import encode
 from common.mllm import AXES, Judge
-from common.mllm_policy import Answers, pieces
+from common.mllm_policy import Answers, digit_places, pieces
 
 STATS = [f"{prefix}{name}" for prefix in ("", "digit_")
          for name in ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")]
@@ -89,17 +90,6 @@ def spread_enough(cfg, groups: Tensor) -> Tensor:
     if not cfg.min_reward_std:
         return torch.ones(len(groups), dtype=torch.bool)
     return (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt() >= cfg.min_reward_std  # NaN: no
-
-
-def digit_places(judge: Judge, text: str, ids: list[int]) -> list[int]:
-    """Where in a reply the score of each axis stands, [3]; [] if it does not parse or a score is not one token."""
-    if mllm.parse_reply(text) is None:
-        return []
-    digits = set(judge.digit_ids.tolist())
-    places = [place for place, token in enumerate(ids) if token in digits][-3:]
-    ends = [judge.tokenizer.decode(ids[:place]) for place in places]
-    right = len(places) == 3 and all(end.endswith(f"{axis}: ") for end, axis in zip(ends, AXES))
-    return places if right else []
 
 
 def learn(judge: Judge, reference: Judge, cfg, answers: list[Answers], old: dict) -> dict[str, float]:

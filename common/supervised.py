@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from common import dist, mllm, rewards, run, sharding
-from common.cohorts import LOOKS, Cohort, encode_images, mine, pick
+from common.cohorts import Cohort, mine, pick
+from common.looks import LOOKS, encode_images
 from common.mllm import Judge
 from common.mllm_policy import forward, token_logp
 from common.training import update

@@ -35,7 +35,8 @@ import torch
 
 from conftest import ROOT, load_stage, make_images
 from common import grpo, mllm, mllm_policy, plain_rows, sampling, token_tree, tree_attention
-from common.cohorts import Cohort, Images, encode, look_at
+from common.cohorts import Cohort
+from common.looks import Images, encode, look_at
 from common.small_mllm import build_small
 from common.training import optimizers
 

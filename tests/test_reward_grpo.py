@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common import grpo, mllm, mllm_policy, reward_grpo, rewards, supervised
-from common.cohorts import Cohort, encode_images, evaluate, look_at
+from common.cohorts import Cohort, evaluate
+from common.looks import encode_images, look_at
 from common.mllm_policy import Answers
 from common.training import average, copy_of, holding, optimizers
 from conftest import build_judge, load_stage, make_images
