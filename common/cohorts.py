@@ -1,5 +1,5 @@
 """
-Cohorts: one LR image and its candidates with labels, in memory, as the reward model trains and is evaluated on them.
+Cohorts: one LR image and its candidates with labels, as the reward model trains and is evaluated on them.
 
 Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
 """
@@ -13,12 +13,30 @@ from tqdm import tqdm
 from common import data, dist, labels, metrics, mllm, run
 from common.mllm import AXES, Judge
 
+IN_MEMORY = 2 * 2**30                   # bytes of a split's candidates that a process keeps; the last group whole
+
+
+@dataclass
+class Stored:
+    """Pictures on disk, read each time that one is asked for; their number, or a slice of them, reads none."""
+    folder: Path
+    paths: list[str]
+    sums: dict[str, str]                # path -> sha256
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int | slice):
+        if isinstance(i, slice):
+            return Stored(self.folder, self.paths[i], self.sums)
+        return data.read_checked(self.folder / self.paths[i], self.sums.get(self.paths[i]))
+
 
 @dataclass
 class Cohort:                           # one LR image and its C candidates
     id: str
     lr: np.ndarray                      # uint8 [h, w, 3]
-    images: list[np.ndarray]            # C x uint8 [H, W, 3]
+    images: list[np.ndarray] | Stored   # C x uint8 [H, W, 3]
     methods: list[str]
     ranks: np.ndarray                   # [C, 3] 1 is best; NaN where an axis has no label
     targets: np.ndarray                 # [C, 3] 1..9, what the cold start teaches; NaN likewise
@@ -29,6 +47,7 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
     """
     Labeled cohorts of a split; `scale`: sorted label scores per axis, made from this split when not given.
 
+    All LR images stay in memory, and the first candidates (see IN_MEMORY); the others are read when they are asked for.
     held_out: methods whose candidates are left out of training; elsewhere they have no label here.
     """
     groups = [g for g in data.load_groups(folder, split) if g["labels"]]
@@ -39,9 +58,13 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
                  + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
     if scale is None:
         scale = [np.sort([s for g in groups for s in g["labels"].get(a, {}).get("scores") or []]) for a in AXES]
-    cohorts = []
+    cohorts, room = [], IN_MEMORY
     for group in tqdm(groups, desc=f"read {split}", disable=not dist.is_main()):
-        lr, images, _ = data.group_images(folder, group)
+        lr, _, _ = data.group_images(folder, group | {"candidates": [], "hr": None})
+        images = Stored(folder, [c["path"] for c in group["candidates"]], group.get("sha256", {}))
+        if room > 0:
+            images = list(images)
+            room -= sum(image.nbytes for image in images)
         ranks, targets = np.full((2, len(images), 3), np.nan)
         for a, axis in enumerate(AXES):
             if axis in group["labels"]:

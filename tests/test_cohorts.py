@@ -1,0 +1,44 @@
+"""
+Cohorts of the reward model: where their pictures lie.
+
+Run     python -m pytest tests/test_cohorts.py          # 5 s, and a toy run of 01 and 02
+"""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from common import cohorts, mllm
+from common.cohorts import Stored, load_cohorts, scores_of
+from common.looks import look_at
+
+
+# pictures --------------------------------------------------------------------------------------------------
+
+def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_the_same(toy_run, monkeypatch):
+    source, judge = toy_run / "01_build_dataset", mllm.load_judge(toy_run / "02_train_reward", torch.device("cpu"))
+    held, _ = load_cohorts(source, "val")
+    monkeypatch.setattr(cohorts, "IN_MEMORY", 2 * sum(image.nbytes for image in held[0].images))
+    found, _ = load_cohorts(source, "val")
+    assert [type(own.images) for own in found] == [list] * 2 + [Stored] * (len(held) - 2)
+    assert all(type(own.images) is list for own in held) and len(held) > 3
+    for own, whole in zip(found, held):
+        assert len(own.images) == len(whole.images) and len(own.images[1:3]) == 2
+        assert all(np.array_equal(a, b) for a, b in zip(own.images, whole.images, strict=True))
+        assert np.array_equal(own.images[1:3][1], whole.images[2]) and np.array_equal(own.lr, whole.lr)
+        assert torch.equal(look_at(judge, own, 21).pixels, look_at(judge, whole, 21).pixels)
+    assert np.array_equal(scores_of(judge, found), scores_of(judge, held))
+
+
+def test_a_candidate_that_was_damaged_since_is_found_when_it_is_read(toy_run, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "01_build_dataset"
+    shutil.copytree(toy_run / source.name, source)
+    monkeypatch.setattr(cohorts, "IN_MEMORY", 0)
+    own = load_cohorts(source, "val")[0][0]
+    (source / own.images.paths[1]).write_bytes(b"nothing")
+    assert len(own.images) > 1 and own.images[0].dtype == np.uint8
+    with pytest.raises(SystemExit):
+        own.images[1]
+    error = capsys.readouterr().err
+    assert own.images.paths[1] in error and "its checksum is not the one of groups.jsonl" in error
