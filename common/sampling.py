@@ -8,7 +8,7 @@ Shapes: B rows (one LR image each), N prompts (LR, candidate), K replies, T toke
 """
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from common import mllm, plain_rows, token_tree
 from common.mllm import Judge, policy_logits, prompt_row
@@ -123,7 +123,11 @@ def generate(judge: Judge, features: list[Tensor], grids: Tensor, uniforms: Tens
         token = draw(scores.float().index_fill(-1, judge.banned_ids, -torch.inf), numbers[:, t:t + 1].to(judge.device))
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
-    tokens = judge.net.generate(**inputs, max_new_tokens=limit, do_sample=False, logits_processor=[choose],
-                                eos_token_id=judge.end_id, pad_token_id=judge.end_id)
+    suggested = judge.net.generation_config             # by the checkpoint, such as repetition_penalty: not our policy
+    judge.net.generation_config = GenerationConfig(eos_token_id=judge.end_id, pad_token_id=judge.end_id)
+    try:
+        tokens = judge.net.generate(**inputs, max_new_tokens=limit, do_sample=False, logits_processor=[choose])
+    finally:
+        judge.net.generation_config = suggested
     written = tokens[:, inputs["input_ids"].shape[1]:]
     return cut(judge, written.unflatten(0, (n, k)))

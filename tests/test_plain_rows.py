@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from common import dist, mllm, mllm_policy, prefix_check, reward_grpo, sampling, token_tree, tree_attention
 from common.cohorts import Cohort, scores_of
@@ -56,7 +57,12 @@ def test_likely_replies_are_those_of_greedy_generate(judge, monkeypatch):
 
 @pytest.mark.parametrize("long", [10**6, 0])
 def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monkeypatch, long):
+    """Whatever the checkpoint suggests for writing; Qwen2.5-VL's has a repetition penalty of 1.05."""
     monkeypatch.setattr(judge, "long", long)
+    suggested = GenerationConfig(repetition_penalty=1.05, no_repeat_ngram_size=2, num_beams=2, min_new_tokens=9,
+                                 do_sample=True, temperature=0.1, top_k=3, min_p=0.2, typical_p=0.5,
+                                 suppress_tokens=[judge.end_id], eos_token_id=5)
+    monkeypatch.setattr(judge.net, "generation_config", suggested)
     cohorts = [cohort_of(0, 2), cohort_of(1, 3), cohort_of(2, 1)]
     features, grids = mllm.image_features(judge, [[c.lr, *c.images] for c in cohorts])
     uniforms = torch.rand(6, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -68,7 +74,7 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monk
     finally:
         with torch.no_grad():
             judge.net.lm_head.weight[judge.end_id] /= 3
-    assert ours == plain
+    assert ours == plain and judge.net.generation_config is suggested
     lengths = [len(ids) for own in ours for ids in own]
     assert len(set(lengths)) > 2 and max(lengths) == 16
 
