@@ -106,6 +106,7 @@ class Config:
     grad_norm: float = 1.0              # gradients are clipped to this norm
     ema: float = 0.95                   # decay per step of the averaged weights, which are validated and kept
     groups_per_forward: int = 5         # memory only
+    gradient_checkpointing: bool = False    # memory only: activations are computed again, not kept
     eval_every: int = 25                # steps; validation, and a candidate for the best weights
     save_every: int = 50                # steps; checkpoint to resume from
     fsdp: bool = False                  # memory only: lora_rank=0 under torchrun: model, reference, AdamW in shards
@@ -157,12 +158,14 @@ def add_lora(model: torch.nn.Module, cfg: Config) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=linears))
 
 
-def trainable_judge(cfg: Config, judge: Judge) -> Judge:
-    """The same, with an adapter or, without LoRA, all its weights to train."""
-    if cfg.lora_rank:
+def trainable_judge(cfg: Config, judge: Judge, *, lora: bool) -> Judge:
+    """The same, with an adapter or all its weights to train."""
+    if lora:
         judge.model = add_lora(judge.model, cfg)
     else:
         judge.model.requires_grad_(True)
+    if cfg.gradient_checkpointing:
+        judge.net.activation_checkpointing_enable({"use_reentrant": False})
     return judge
 
 
@@ -279,8 +282,9 @@ def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
 def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge:
     """The model at the start of the cold start: the small one with all weights trainable, or a real one with LoRA."""
     if cfg.model == "small":
-        return build_small(cfg, [[cohort.lr, *cohort.images] for cohort in train[:200]], device)
-    return trainable_judge(cfg, load_base(cfg, cfg.model, device))
+        small = build_small(cfg, [[cohort.lr, *cohort.images] for cohort in train[:200]], device)
+        return trainable_judge(cfg, small, lora=False)
+    return trainable_judge(cfg, load_base(cfg, cfg.model, device), lora=cfg.lora_rank > 0)
 
 
 def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, source: Path, val: list[Cohort],
@@ -299,8 +303,8 @@ def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, sou
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
     to_merge = cfg.merge and not (Path(cfg.run) / Path(__file__).stem / "judge" / "merged").exists()
-    folder = run.open_stage(cfg, __file__, go_on=to_merge,
-                            free=("groups_per_forward", "save_every", "merge", "log_to", "fsdp"))
+    free = ("groups_per_forward", "gradient_checkpointing", "save_every", "merge", "log_to", "fsdp")
+    folder = run.open_stage(cfg, __file__, go_on=to_merge, free=free)
     if (folder / "manifest.json").exists():
         if dist.is_main():
             mllm.save_merged(folder)
@@ -331,8 +335,9 @@ def main(cfg: Config) -> None:
         if not (folder / "cold_start" / "done.json").exists():
             cold_start(cfg, folder, prefix_check.choose_rows(train[0], first_judge(cfg, train, device)), train, val)
         run.drop_checkpoints(folder / "cold_start")
-    judge = reference = trainable_judge(cfg, load_base(cfg, base, device))    # LoRA: reference with the adapter off
-    if not cfg.lora_rank:
+    lora = cfg.lora_rank > 0                                    # its reference: the same with the adapter off
+    judge = reference = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
+    if not lora:
         reference = load_base(cfg, base, device) if cfg.algorithm == "grpo" else None
     prefix_check.choose_rows(train[0], judge, reference)
     if cfg.fsdp:
@@ -376,7 +381,7 @@ def main(cfg: Config) -> None:
 
     dist.barrier()                                              # best.safetensors is whole
     if cfg.fsdp:                                                # no shards from here on
-        judge = replace(trainable_judge(cfg, load_base(cfg, base, device)), plain_rows=judge.plain_rows)
+        judge = replace(trainable_judge(cfg, load_base(cfg, base, device), lora=lora), plain_rows=judge.plain_rows)
     load_weights(judge, run.load_tensors(folder / "best.safetensors"))
     rate = parse_rate(judge, cfg, val)
     keep_judge(cfg, judge, folder, base=base, source=source, val=val, state=state)

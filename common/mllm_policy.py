@@ -62,6 +62,11 @@ def forward(judge: Judge, features: list[Tensor], grids: Tensor, replies: list[l
     return behind_stems, hidden[b, column], token
 
 
+def learning_mode(judge: Judge) -> None:
+    """As in rollouts, without dropout; in training mode where activations are not kept, as transformers wants it."""
+    judge.model.train(judge.net.is_activation_checkpointing)
+
+
 def logp(judge: Judge, features: list[Tensor], grids: Tensor, replies: list, digits: Tensor) -> tuple[Tensor, ...]:
     """
     Log-probabilities of the answers to n prompts (cohorts x C) under the current weights, with gradient.

@@ -44,7 +44,7 @@ def choose_rows(cohort: Cohort, judge: Judge, reference: Judge | None = None) ->
 
     Before weights are cut into shards; all ranks come to the same choice. Returns the judge.
     """
-    judge.model.eval()
+    mllm_policy.learning_mode(judge)
     few = Cohort(cohort.id, cohort.lr, cohort.images[:2], cohort.methods[:2], cohort.ranks[:2], cohort.targets[:2])
     plain_loss, plain = loss_and_gradients(replace(judge, plain_rows=True), few)
     found = [errors(replace(judge, long=long), few, plain_loss, plain)      # as short rows attend, and as long ones do

@@ -99,6 +99,7 @@ def learn(judge: Judge, reference: Judge, cfg, answers: list[Answers], old: dict
     old: by piece, log-probabilities of reference and sampler, filled at the first update of a rollout. Returns this
     rank's share of the step's stats: sums over ranks are means over the step, ratio_max aside.
     """
+    mllm_policy.learning_mode(judge)
     tokens = [len(ids) for item in answers for own, keep in zip(item.replies, item.kept) if keep for ids in own]
     n_digits = sum(int(item.digit_kept.sum()) * item.digits.shape[1] for item in answers)
     counts = torch.tensor([float(sum(tokens)), float(n_digits), float(len(tokens))])

@@ -132,6 +132,24 @@ def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, mo
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
 
 
+@pytest.mark.parametrize("family, lora, long", [
+    ("qwen2_5_vl", True, 10**6), ("qwen2_5_vl", True, 0), ("qwen3_vl", True, 0), ("qwen3_vl", False, 0)])
+def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tmp_path, family, lora, long):
+    save_random(tmp_path, family, build_tokenizer())
+    stage, found, held = load_stage("02"), [], []
+    for checkpointing in (False, True):
+        cfg = stage.Config(run="", lora_rank=4 * lora, gradient_checkpointing=checkpointing)
+        own = replace(stage.trainable_judge(cfg, load(tmp_path), lora=lora), long=long)
+        sizes = [0]
+        mllm_policy.learning_mode(own)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            found.append(prefix_check.loss_and_gradients(own, cohort_of(0, 2)))
+        held.append(sum(sizes))
+    (loss, kept), (again, computed) = found
+    assert held[1] < held[0] / 3 and loss == again
+    assert all(torch.equal(*pair) for pair in zip(kept, computed, strict=True))
+
+
 def test_plain_rows_are_what_transformers_computes_from_pixels(judge):
     cohort = cohort_of(1, 2)
     features, grids = mllm.image_features(judge, [[cohort.lr, *cohort.images]])

@@ -166,7 +166,7 @@ def test_two_processes_train_in_shards_and_one_goes_on(toy_run, toy_config, tmp_
     again = copy_run(toy_run, tmp_path / "again", "01_build_dataset")
     settings = [f"run={again}", "fsdp=true", "lora_rank=0", "cold_start_muon_lr=0", "muon_lr=0", "cold_start_steps=2",
                 "cold_start_lr=1e-3", "steps=3", "save_every=1"]
-    done = run_stage("02", toy_config, *settings, processes=2)
+    done = run_stage("02", toy_config, *settings, "gradient_checkpointing=true", processes=2)
     assert done.returncode == 0, done.stderr
     folder = again / "02_train_reward"
     found, best = rows(folder / "metrics.jsonl"), load_file(folder / "best.safetensors")
