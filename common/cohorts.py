@@ -82,7 +82,8 @@ def digit_targets(label: dict, scale: np.ndarray) -> np.ndarray:
         below, upto = (np.searchsorted(scale, label["scores"], side) for side in ("left", "right"))
         return 1 + 4 * (below + upto) / len(scale)
     ranks = np.asarray(label["ranks"], float)
-    return 9 - 8 * (ranks - 1) / max(ranks.max() - 1, 1)
+    low, high = ranks.min(), ranks.max()                # held_out_methods may have taken the best
+    return np.full(len(ranks), 5.0) if low == high else 9 - 8 * (ranks - low) / (high - low)
 
 
 def pick(cohorts: list[Cohort], seed: int, phase: str, step: int, count: int) -> list[Cohort]:

@@ -1,5 +1,5 @@
 """
-Cohorts of the reward model: where their pictures lie.
+Cohorts of the reward model: where their pictures lie, what they teach.
 
 Run     python -m pytest tests/test_cohorts.py          # 5 s, and a toy run of 01 and 02
 """
@@ -42,3 +42,11 @@ def test_a_candidate_that_was_damaged_since_is_found_when_it_is_read(toy_run, tm
         own.images[1]
     error = capsys.readouterr().err
     assert own.images.paths[1] in error and "its checksum is not the one of groups.jsonl" in error
+
+
+# targets ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ranks, targets", [
+    ([1, 2, 3], [9, 5, 1]), ([2, 1, 1], [1, 9, 9]), ([2, 3, 5], [9, 19 / 3, 1]), ([1, 1, 1], [5, 5, 5]), ([2, 2], [5, 5])])
+def test_without_scores_the_best_and_the_worst_of_a_group_are_taught_as_9_and_1_and_what_is_level_as_5(ranks, targets):
+    assert cohorts.digit_targets({"ranks": ranks}, np.array([])) == pytest.approx(targets)
