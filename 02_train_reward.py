@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
 from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sampling, sharding
-from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, scores_of
+from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, require_enough, scores_of
 from common.config import load_config
 from common.labels import check_methods, label_arrays
 from common.looks import encode_images
@@ -315,6 +315,7 @@ def main(cfg: Config) -> None:
     source = run.require(cfg.run, "01_build_dataset")
     check_methods(source, cfg.held_out_methods)
     train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
+    require_enough(train, cfg, "groups_per_step", *["cold_start_groups"] * bool(cfg.cold_start_steps))
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
     size, (height, width) = round(sum(len(c.images) for c in train) / len(train)), train[0].images[0].shape[:2]
     if cfg.detail_view and height * width < 2 * cfg.max_pixels:

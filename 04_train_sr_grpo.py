@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common import (data, dist, guide, loggers, mllm, run, sr_latent, sr_pipelines, sr_plan, sr_policy, sr_reward,
                     sr_training)
 from common.checkpoints import checkpoints
-from common.cohorts import mine, pick
+from common.cohorts import mine, pick, require_enough
 from common.config import load_config
 from common.samplers import SAMPLERS, SOLVERS, window_start
 from common.sr_grpo import ALGORITHMS, check_ratio, copied, update, using
@@ -267,6 +267,7 @@ def main(cfg: Config) -> None:
     judge_folder = run.require(cfg.run, "02_train_reward")
     train, val = paired(source, "train"), paired(source, "val")
     require_one_size(source, train + val)
+    require_enough(train, cfg, "inputs_per_step")
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     if min(cfg.inputs_per_step, cfg.cold_start_batch, len(fixed)) < dist.world_size():
         run.fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step}, "

@@ -87,12 +87,24 @@ def digit_targets(label: dict, scale: np.ndarray) -> np.ndarray:
 
 
 def pick(cohorts: list[Cohort], seed: int, phase: str, step: int, count: int) -> list[Cohort]:
-    """The cohorts of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone."""
-    chosen = []
-    for i in range(step * count, (step + 1) * count):
-        order = run.np_rng(seed, phase, "epoch", i // len(cohorts)).permutation(len(cohorts))
-        chosen.append(cohorts[order[i % len(cohorts)]])
-    return chosen
+    """
+    The cohorts of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone.
+
+    A step that goes on in the next epoch passes over what it has: twins would be given the same random numbers.
+    """
+    epoch, at = divmod(step * count, len(cohorts))
+    order, after = (run.np_rng(seed, phase, "epoch", e).permutation(len(cohorts)) for e in (epoch, epoch + 1))
+    chosen = order[at:at + count]
+    rest = after[~np.isin(after, chosen)][:count - len(chosen)]
+    return [cohorts[i] for i in (*chosen, *rest)]
+
+
+def require_enough(cohorts: list, cfg, *keys: str) -> None:
+    """Stop with one line if a step would have more cohorts, by one of these settings, than there are."""
+    for key in keys:
+        if vars(cfg)[key] > len(cohorts):
+            run.fail(f"{key}={vars(cfg)[key]} is more than the {len(cohorts)} training groups that can be used: lower "
+                     "it, or build a larger set with 01_build_dataset.py")
 
 
 def mine(items: list) -> list:

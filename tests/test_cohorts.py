@@ -1,5 +1,5 @@
 """
-Cohorts of the reward model: where their pictures lie, what they teach.
+Cohorts of the reward model: where their pictures lie, what they teach, which take part in a step.
 
 Run     python -m pytest tests/test_cohorts.py          # 5 s, and a toy run of 01 and 02
 """
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import cohorts, mllm
-from common.cohorts import Stored, load_cohorts, scores_of
+from common import cohorts, mllm, run
+from common.cohorts import Stored, load_cohorts, pick, scores_of
 from common.looks import look_at
+from conftest import run_stage
 
 
 # pictures --------------------------------------------------------------------------------------------------
@@ -47,6 +48,35 @@ def test_a_candidate_that_was_damaged_since_is_found_when_it_is_read(toy_run, tm
 # targets ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks, targets", [
-    ([1, 2, 3], [9, 5, 1]), ([2, 1, 1], [1, 9, 9]), ([2, 3, 5], [9, 19 / 3, 1]), ([1, 1, 1], [5, 5, 5]), ([2, 2], [5, 5])])
+    ([1, 2, 3], [9, 5, 1]), ([2, 1, 1], [1, 9, 9]), ([2, 3, 5], [9, 19 / 3, 1]), ([1, 1, 1], [5, 5, 5]),
+    ([2, 2], [5, 5])])
 def test_without_scores_the_best_and_the_worst_of_a_group_are_taught_as_9_and_1_and_what_is_level_as_5(ranks, targets):
     assert cohorts.digit_targets({"ranks": ranks}, np.array([])) == pytest.approx(targets)
+
+
+# picks -----------------------------------------------------------------------------------------------------
+
+def slow_walk(n: int, steps: int, count: int) -> list[list[int]]:
+    """An endless deck, shuffled anew for each epoch, dealt out card by card."""
+    deck = [int(i) for epoch in range(steps * count // n + 1)
+            for i in run.np_rng(0, "phase", "epoch", epoch).permutation(n)]
+    return [deck[step * count:(step + 1) * count] for step in range(steps)]
+
+
+@pytest.mark.parametrize("n, count", [(10, 4), (10, 10), (16, 4), (100, 16)])
+def test_no_step_has_a_cohort_twice_and_the_other_steps_are_a_walk_through_epochs(n, count):
+    found = [pick(list(range(n)), 0, "phase", step, count) for step in range(60)]
+    assert all(len(set(own)) == count for own in found)
+    walk = slow_walk(n, 60, count)
+    assert [own for own, wanted in zip(found, walk) if len(set(wanted)) == count] == [
+        wanted for wanted in walk if len(set(wanted)) == count]
+    assert sum(len(set(wanted)) < count for wanted in walk) == sum(own != wanted for own, wanted in zip(found, walk))
+
+
+@pytest.mark.parametrize("number, wrong", [("02", "groups_per_step=25"), ("02", "cold_start_groups=25"),
+                                           ("04", "inputs_per_step=25")])
+def test_a_step_of_more_cohorts_than_there_are_is_refused(toy_run, toy_config, tmp_path, number, wrong):
+    for stem in ("01_build_dataset", "02_train_reward")[:1 + (number == "04")]:
+        (tmp_path / stem).symlink_to(toy_run / stem)
+    done = run_stage(number, toy_config, f"run={tmp_path}", wrong)
+    assert done.returncode == 2 and f"{wrong} is more than the 24 training groups" in done.stderr
