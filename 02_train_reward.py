@@ -37,6 +37,7 @@ from common.looks import encode_images
 from common.mllm import Judge
 from common.mllm_policy import sample
 from common.reward_grpo import advantages, learn, score
+from common.reward_summary import summary
 from common.small_mllm import build_small
 from common.supervised import sft_rank_step, supervised_step
 from common.training import (average, copy_of, count_bad, drop_nonfinite, holding, load_weights, optimizers, resume,
@@ -239,20 +240,11 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, chosen: dict, train: 
     sharding.reshard(reference)
     clock.append(time.time())
     # 5. log
-    replies = torch.cat([torch.zeros(0), *(item.reply_rewards.flatten() for item in answers)])
-    digits = torch.cat([torch.zeros(0, cfg.direct_replies), *(item.digit_rewards for item in answers)])
-    spread = digits.std(1, correction=0)                                   # NaN without a label
-    unparsed = sum(mllm.parse_reply(text) is None for item in answers for own in item.texts for text in own)
     ratio_max = float(dist.gather_rows(torch.tensor([stats.pop("ratio_max")])).max())
-    names, values = zip(*stats.items(), ("nonfinite_losses", bad_losses), ("nonfinite_rewards", bad_rewards))
-    sums = dist.all_sum(torch.tensor([
-        *values, replies.nansum(), replies.square().nansum(), len(replies), unparsed, digits.nansum(),
-        (~digits.isnan()).sum(), (spread < 1e-4).sum(), (~spread.isnan()).sum()], dtype=torch.float64))
-    total, squares, n, unparsed, digit_total, n_digits, zero, n_groups = sums[len(names):].clamp(min=1e-9).tolist()
-    row = dict(phase="grpo", reward_mean=total / n, reward_std=max(squares / n - (total / n) ** 2, 0) ** 0.5,
-               digit_reward_mean=digit_total / n_digits, zero_std_groups=zero / n_groups,
-               judge_parse_failures=unparsed / n, ratio_max=ratio_max, grad_norm=norm, skipped_updates=skipped,
-               lr=chosen["adamw"].param_groups[0]["lr"], **dict(zip(names, sums.tolist())),
+    stats |= {"nonfinite_losses": bad_losses, "nonfinite_rewards": bad_rewards}
+    sums = dist.all_sum(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
+    row = dict(phase="grpo", **summary(judge, cfg, answers), ratio_max=ratio_max, grad_norm=norm,
+               skipped_updates=skipped, lr=chosen["adamw"].param_groups[0]["lr"], **dict(zip(stats, sums)),
                seconds_sample=clock[1] - clock[0], seconds_score=clock[2] - clock[1],
                seconds_update=clock[3] - clock[2], peak_memory_gb=run.peak_memory_gb())
     examples = [{"group": item.cohort.id, "candidate": c, "reply": own[0], "reward": float(item.reply_rewards[c, 0])}

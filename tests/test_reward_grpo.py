@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import grpo, mllm, mllm_policy, reward_grpo, rewards, supervised
+from common import grpo, mllm, mllm_policy, reward_grpo, reward_summary, rewards, supervised
 from common.cohorts import Cohort, evaluate
 from common.looks import encode_images, look_at
 from common.mllm_policy import Answers
@@ -184,6 +184,31 @@ def test_an_overlong_reply_pays(judges):
             share = min(max((len(ids) - 20) / 40, 0), 1)
             assert paid.reply_rewards[c, k] == pytest.approx(float(free.reply_rewards[c, k]) - 0.5 * share, abs=1e-6)
     assert (paid.reply_rewards < free.reply_rewards).any()
+
+
+@pytest.mark.parametrize("options", [{}, dict(overlong_weight=9.0, overlong_tokens=40)])
+def test_what_is_logged_of_a_step_equals_plain_loops(options, judges):
+    """Also where the penalty makes the mean negative, and where every group has a spread."""
+    judge, _ = judges
+    cfg = settings(direct_replies=6, **options)
+    answers = [answered(judge, cfg, seed, reasoned=seed != 2) for seed in range(3)]
+    for item in answers:
+        reward_grpo.score(judge, cfg, item)
+    answers[0].digit_rewards[0] = answers[1].digit_rewards[0] = answers[2].digit_rewards[0] = torch.arange(6) / 6
+    found = reward_summary.summary(judge, cfg, answers)
+    replies = [value for item in answers for value in item.reply_rewards.flatten().tolist()]
+    digits = [row for item in answers for row in item.digit_rewards.tolist()]
+    assert found["reward_mean"] == pytest.approx(statistics.fmean(replies))
+    assert (found["reward_mean"] < 0) == bool(options)
+    assert found["reward_std"] == pytest.approx(statistics.pstdev(replies), rel=1e-4)
+    assert found["digit_reward_mean"] == pytest.approx(statistics.fmean(known(sum(digits, []))))
+    assert found["zero_std_groups"] == 0 == sum(spread(row) < 1e-4 for row in digits)
+    texts = [text for item in answers for own in item.texts for text in own]
+    assert found["judge_parse_failures"] == sum(mllm.parse_reply(text) is None for text in texts) / len(texts) > 0
+    written = [token for item in answers for token in item.digits.flatten().tolist()]
+    wrong = [token for token in written if judge.tokenizer.decode([token]) not in "123456789"]
+    assert found["digit_parse_failures"] == len(wrong) / len(written) > 0
+    assert set(reward_summary.summary(judge, cfg, []).values()) == {0}
 
 
 @pytest.mark.parametrize("wrong", [dict(ranking="listwise"), dict(advantage_std="row"), dict(loss_mean="sum"),
