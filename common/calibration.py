@@ -17,12 +17,11 @@ LEAST = 20                              # candidates with labels; with fewer the
 
 def fit(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
     """Knots {score, label}, both rising, of the isotonic map from scores [n] to labels [n]."""
-    order = np.argsort(scores, kind="stable")
-    found = isotonic_regression(labels[order])
-    starts, ends = found.blocks[:-1], found.blocks[1:]
-    middles = np.array([scores[order][a:b].mean() for a, b in zip(starts, ends)])
-    distinct = np.append(True, np.diff(middles) > 0)                        # equal scores in two blocks: the first
-    return {"score": middles[distinct].round(4).tolist(), "label": found.x[starts][distinct].round(4).tolist()}
+    x, at, count = np.unique(scores, return_inverse=True, return_counts=True)       # one score has one label: the mean
+    found = isotonic_regression(np.bincount(at, labels) / count, weights=count)
+    starts = found.blocks[:-1]
+    middles = np.add.reduceat(x * count, starts) / np.add.reduceat(count, starts)
+    return {"score": middles.round(4).tolist(), "label": found.x[starts].round(4).tolist()}
 
 
 def apply(knots: dict[str, list[float]], scores: np.ndarray) -> np.ndarray:

@@ -123,6 +123,14 @@ def test_the_calibration_is_monotone_bounded_and_beats_every_line_where_it_was_f
     assert calibration.apply(knots, np.array([[3.0, 5.0]])).shape == (1, 2)
 
 
+def test_equal_scores_are_given_the_mean_of_their_labels():
+    scores, labels = np.array([5.0] * 10 + [6.0]), np.arange(11.0)
+    knots = calibration.fit(scores, labels)
+    assert knots == {"score": [5.0, 6.0], "label": [4.5, 10.0]}
+    order = np.random.default_rng(1).permutation(11)
+    assert calibration.fit(scores[order], labels[order]) == knots
+
+
 def test_calibration_reports_errors_on_the_other_split():
     val, test = draw(2, groups=30), draw(3, groups=30)
     test[1].scores[..., 0] = np.nan
