@@ -85,7 +85,7 @@ def chat_inputs(asker: Asker, triples: list[list[np.ndarray]], text: str) -> dic
 
 @torch.no_grad()
 def answers(asker: Asker, triples: list[list[np.ndarray]], question: str, batch: int) -> np.ndarray:
-    """bool [n]: whether the answer to [LR, A, B] is A; images uint8 [H, W, 3] of one size."""
+    """float [n] the answers to [LR, A, B]: 1 A, 0 B, 0.5 if equally likely; images uint8 [H, W, 3] of one size."""
     prepare = qwen_inputs if asker.model.config.model_type in QWEN else chat_inputs
     first = []
     for start in range(0, len(triples), batch):
@@ -95,12 +95,12 @@ def answers(asker: Asker, triples: list[list[np.ndarray]], question: str, batch:
         made = asker.model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True,
                                     return_dict_in_generate=True)
         scores = made.logits[0][:, asker.letters].float()                                   # [n, 2]
-        first.append((scores[:, 0] > scores[:, 1]).cpu().numpy())
+        first.append((1 + (scores[:, 0] - scores[:, 1]).sign().cpu().numpy()) / 2)            # bfloat16 often ties
     return np.concatenate(first)
 
 
 def both_orders(asker: Asker, lr: np.ndarray, images: list[np.ndarray], batch: int) -> np.ndarray:
-    """bool [3 axes, pairs, 2]: whether the answer is A, for each pair (i, j), i < j, as A and B, and as B and A."""
+    """float [3 axes, pairs, 2]: the answer, see answers, for each pair (i, j), i < j, as A and B, and as B and A."""
     lr = metrics.resize(lr, images[0].shape[1::-1], "bicubic")
     pairs = combinations(range(len(images)), 2)
     triples = [[lr, images[i], images[j]] for a, b in pairs for i, j in ((a, b), (b, a))]
@@ -113,8 +113,8 @@ def ask_group(asker: Asker, folder: Path, group: dict, batch: int) -> dict[str, 
     pairs, found = list(combinations(range(len(images)), 2)), {}
     for axis, said in zip(AXES, both_orders(asker, lr, images, batch)):                     # [pairs, orders]
         kept = [{"a": a, "b": b, "choice": "a" if straight else "b"}
-                for (a, b), (straight, swapped) in zip(pairs, said.tolist()) if straight != swapped]
-        found[axis] = {"votes": kept, "first": int(said.sum()), "asked": said.size}
+                for (a, b), (straight, swapped) in zip(pairs, said.tolist()) if abs(straight - swapped) == 1]
+        found[axis] = {"votes": kept, "first": float(said.sum()), "asked": said.size}
     return found
 
 

@@ -52,6 +52,27 @@ def test_answers_do_not_depend_on_the_batch_and_see_the_images(model):
     assert int(inputs["mm_token_type_ids"].sum()) * 4 == len(inputs["pixel_values"])
 
 
+def test_a_tie_is_no_answer(model, toy_group):
+    asker, (folder, group) = mllm_labels.load(str(model), torch.device("cpu")), toy_group
+    with torch.no_grad():
+        head = asker.model.lm_head.weight
+        head[asker.letters[0]] = head[asker.letters[1]]
+    lr, *images = make_images(1)
+    said = mllm_labels.both_orders(asker, metrics.resize(lr, (32, 32), "bicubic"), images, 4)
+    assert said.shape == (3, 3, 2) and (said == 0.5).all()
+    for found in mllm_labels.ask_group(asker, folder, group, 4).values():
+        assert found["votes"] == [] and found["first"] == found["asked"] / 2
+
+
+@pytest.fixture
+def toy_group(tmp_path) -> tuple:
+    """(folder, group) of one LR image with three candidates."""
+    paths = ["lr.png", "0.png", "1.png", "2.png"]
+    for path, image in zip(paths, make_images(1), strict=True):
+        data.write_png(tmp_path / path, image)
+    return tmp_path, {"lr": paths[0], "hr": None, "candidates": [{"path": path} for path in paths[1:]]}
+
+
 def test_only_consistent_answers_become_votes(monkeypatch, tmp_path):
     """A model that likes bright images on one axis, always says A on another, and B on the third."""
     def fake(asker, triples, question, batch):

@@ -21,23 +21,24 @@ from conftest import build_judge, load_stage, make_images, run_stage
 def test_accuracy_and_consistency_in_pair_mode_equal_plain_loops():
     rng, count = np.random.default_rng(0), 4
     pairs = list(itertools.combinations(range(count), 2))
-    said = rng.integers(0, 2, (5, 3, len(pairs), 2)).astype(float)
+    said = rng.choice([0, 0.5, 1], (5, 3, len(pairs), 2))                   # B, A and B equally likely, A
     ranks = rng.integers(1, 4, (5, count, 3)).astype(float)
     ranks[2, :, 1] = np.nan
     found = pair_mode.compare(said, rng.normal(size=(5, count, 3)), Labels(ranks, ranks), model="m", seed=0)
     for a, axis in enumerate(AXES):
-        right, total, same = 0.0, 0, 0
+        right, total, same, firm = 0.0, 0, 0, 0
         for g in range(5):
             for p, (i, j) in enumerate(pairs):
                 first, second = said[g, a, p]                               # (i, j) as A, B; then (j, i)
-                named = {i if first else j, j if second else i}
-                same += len(named) == 1
+                named = [{1: i, 0: j}.get(first), {1: j, 0: i}.get(second)]
+                firm += None not in named
+                same += None not in named and named[0] == named[1]
                 if ranks[g, i, a] != ranks[g, j, a] and not np.isnan(ranks[g, i, a]):
                     total += 1
                     better = i if ranks[g, i, a] < ranks[g, j, a] else j
-                    right += 0.5 if len(named) == 2 else float(named == {better})
+                    right += sum(0.25 if name is None else 0.5 * (name == better) for name in named)
         assert found["accuracy"][axis]["value"] == pytest.approx(right / total, abs=1e-4)
-        assert found["swap_consistency"][axis]["value"] == pytest.approx(same / 5 / len(pairs), abs=1e-4)
+        assert found["swap_consistency"][axis]["value"] == pytest.approx(same / firm, abs=1e-4)
         assert found["first_place"][axis] == pytest.approx(said[:, a].mean(), abs=1e-4)
 
 
