@@ -97,7 +97,7 @@ class Answers:                          # what the model wrote about one cohort,
     axis_rewards: Tensor = None         # [3, C, K] the ranking reward alone; NaN: not parsed, or no label
     digit_advantages: Tensor = None     # [C * 3, K_direct]
     advantages: list[Tensor] = None     # C * K x [tokens of the reply]
-    digit_kept: Tensor = None           # [C * 3] bool, False: dropped, its rewards are too much alike
+    digit_kept: Tensor = None           # [C * 3] bool, False: dropped, without a label or too much alike
     kept: Tensor = None                 # [C] bool, likewise for the replies
 
 

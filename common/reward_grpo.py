@@ -54,8 +54,8 @@ def score(judge: Judge, cfg, answers: Answers) -> None:
 def advantages(judge: Judge, cfg, answers: list[Answers]) -> None:
     """
     Fill in the advantages of all answers of a step: one per digit; one per token of a reply. Also what counts: a group
-    (the answers to one prompt) whose rewards spread less than cfg.min_reward_std is dropped from the loss, from its KL,
-    and from what the loss is divided by.
+    (the answers to one prompt) whose rewards spread less than cfg.min_reward_std, or of an axis without a label, is
+    dropped from the loss, from its KL, and from what the loss is divided by.
     """
     digit_std = batch_std(cfg, [item.digit_rewards for item in answers])
     reply_std = batch_std(cfg, [item.reply_rewards for item in answers])
@@ -86,9 +86,9 @@ def batch_std(cfg, groups: list[Tensor]) -> float | None:
 
 
 def spread_enough(cfg, groups: Tensor) -> Tensor:
-    """Which groups [n, K] of rewards count, bool [n]: all, or those whose std reaches cfg.min_reward_std."""
+    """Which groups [n, K] of rewards count, bool [n]: those with any, and a std that reaches cfg.min_reward_std."""
     if not cfg.min_reward_std:
-        return torch.ones(len(groups), dtype=torch.bool)
+        return ~groups.isnan().all(1)
     return (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt() >= cfg.min_reward_std  # NaN: no
 
 
