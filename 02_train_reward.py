@@ -102,6 +102,8 @@ class Config:
                                         # over replies * max_reply_tokens (Dr. GRPO)
     direct_weight: float = 1.0          # weight of the direct replies' loss beside the reasoned replies' loss
     # both ------------------------------------------------------------------------------------------------------
+    looks: int = 48                     # ways to show the training images: 1 as they are, 8 with flips and quarter
+                                        # turns, 48 also with the color channels in another order
     warmup_steps: int = 10              # until the learning rate is reached
     weight_decay: float = 0.05          # of AdamW and Muon
     grad_norm: float = 1.0              # gradients are clipped to this norm
@@ -128,6 +130,7 @@ class Config:
         assert not self.overlong_weight or 1 <= self.overlong_tokens <= self.max_reply_tokens, \
             f"overlong_tokens={self.overlong_tokens} must be in 1..max_reply_tokens"
         assert self.margin_width > 0, f"margin_width={self.margin_width}: it is a width, so more than 0"
+        assert self.looks in (1, 8, 48), f"looks={self.looks}: should be 1, 8 or 48"
         loggers.check(self.log_to)
         assert self.lora_rank or self.dtype == "float32", \
             f"lora_rank=0 trains all weights: dtype={self.dtype} would round its updates away; set dtype=float32"

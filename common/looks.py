@@ -11,7 +11,6 @@ from common.cohorts import Cohort
 from common.mllm import Judge
 
 CHANNEL_ORDERS = [list(order) for order in itertools.permutations(range(3))]
-LOOKS = 8 * len(CHANNEL_ORDERS)         # flips and quarter turns, times orders of R, G, B
 
 
 @dataclass
@@ -21,16 +20,15 @@ class Images:                           # what a judge is shown of a cohort: LR,
     features: dict = field(default_factory=dict)    # by vision tower (its id), of frozen ones: 1 + C tensors
 
 
-def look_at(judge: Judge, cohort: Cohort, look: int) -> Images:
-    """
-    look: one of LOOKS ways to turn, flip and swap the color channels of all the cohort's images alike; 0: as they are.
-
-    Labels are taken to stay as they are.
-    """
+def turned(image: np.ndarray, look: int) -> np.ndarray:
+    """The image in one of 48 ways: 0 as it is, below 4 in quarter turns, below 8 flipped, from 8 in other colors."""
     channels, turn = CHANNEL_ORDERS[look // 8], look % 8
-    return Images(*mllm.pixel_patches(judge, [[
-        np.ascontiguousarray(np.rot90(image[:, ::-1] if turn & 4 else image, turn & 3)[..., channels])
-        for image in [cohort.lr, *cohort.images]]]))
+    return np.ascontiguousarray(np.rot90(image[:, ::-1] if turn & 4 else image, turn & 3)[..., channels])
+
+
+def look_at(judge: Judge, cohort: Cohort, look: int) -> Images:
+    """All of the cohort's images turned alike; labels are taken to stay as they are."""
+    return Images(*mllm.pixel_patches(judge, [[turned(image, look) for image in [cohort.lr, *cohort.images]]]))
 
 
 def encode(judge: Judge, images: list[Images]) -> tuple[list[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import mllm, run, sampling, token_tree
 from common.cohorts import Cohort
-from common.looks import LOOKS, Images, encode, look_at
+from common.looks import Images, encode, look_at
 from common.mllm import AXES, Judge, policy_logits, prompt_row
 
 CHUNK_LOGITS = 2**24                    # float32 logits held at once: 64 MB
@@ -127,7 +127,7 @@ def sample(judge: Judge, cfg, cohorts: list[Cohort], step: int, reasoned: set[st
     """
     answers = []
     for part in pieces(cohorts, [c.id in reasoned for c in cohorts], cfg.groups_per_forward):
-        looks = [int(run.np_rng(cfg.seed, "look", step, c.id).integers(LOOKS)) for c in part]
+        looks = [int(run.np_rng(cfg.seed, "look", step, c.id).integers(cfg.looks)) for c in part]
         images, sizes = [look_at(judge, *pair) for pair in zip(part, looks)], [len(c.images) for c in part]
         features, grids = encode(judge, images)
         keys = [(c.id, i) for c in part for i in range(len(c.images))]

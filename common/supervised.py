@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 
 from common import dist, mllm, rewards, run, sharding
 from common.cohorts import Cohort, mine, pick
-from common.looks import LOOKS, encode_images
+from common.looks import encode_images
 from common.mllm import Judge
 from common.mllm_policy import forward, token_logp
 from common.training import update
@@ -22,7 +22,7 @@ from common.training import update
 @dataclass
 class Lesson:
     cohort: Cohort
-    look: int                                   # one of LOOKS
+    look: int                                   # see looks.turned
     replies: list[tuple[int, list[int]]]        # (candidate, tokens of the reply composed for it)
 
 
@@ -31,7 +31,7 @@ def lessons_of(judge: Judge, cfg, cohorts: list[Cohort], *, phase: str, step: in
     drawn = []
     for cohort in cohorts:
         rng, count = run.np_rng(cfg.seed, phase, step, cohort.id), len(cohort.images)
-        look = int(rng.integers(LOOKS))
+        look = int(rng.integers(cfg.looks))
         chosen = rng.choice(count, min(cfg.cold_start_replies, count), replace=False)
         replies = [mllm.compose_reply(cohort.targets[c], cohort.methods[c]) for c in chosen]
         drawn.append(Lesson(cohort, look, [(int(c), judge.encode(reply)) for c, reply in zip(chosen, replies)]))

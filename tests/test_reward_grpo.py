@@ -212,7 +212,8 @@ def test_what_is_logged_of_a_step_equals_plain_loops(options, judges):
 
 
 @pytest.mark.parametrize("wrong", [dict(ranking="listwise"), dict(advantage_std="row"), dict(loss_mean="sum"),
-                                   dict(algorithm="sft"), dict(overlong_weight=1.0, overlong_tokens=70)])
+                                   dict(algorithm="sft"), dict(looks=49),
+                                   dict(overlong_weight=1.0, overlong_tokens=70)])
 def test_an_option_that_does_not_exist_is_refused(wrong):
     with pytest.raises(AssertionError, match=next(reversed(wrong))):
         settings(**wrong)
