@@ -35,7 +35,7 @@ from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
 
-from common import data, dist, guide, metrics, mllm, mllm_labels, pair_mode, probes, ranking_report
+from common import data, dist, guide, metrics, mllm, mllm_labels, mllm_policy, pair_mode, probes, ranking_report
 from common import reward_checks, reward_report, reward_tables, run, sampling, sr_judging
 from common.cohorts import mine
 from common.config import load_config, read_yaml
@@ -156,25 +156,28 @@ def measure(cfg: Config, judge: Judge, source: Path, *, before: Judge, groups: l
     return torch.cat(scores), seconds
 
 
-def sample(cfg: Config, judge: Judge, source: Path, *, groups: list[dict], max_tokens: int) -> Tensor:
+@torch.no_grad()
+def sample(cfg: Config, judge: Judge, source: Path, *, groups: list[dict], max_tokens: int) -> tuple[Tensor, Tensor]:
     """
-    Token ids of the replies to this rank's share of the groups, int64 [g, C, K, max_tokens], padded with -1.
+    Of this rank's share of the groups: token ids of the replies, int64 [g, C, K, max_tokens], padded with -1; and the
+    probability that a direct answer is one of the nine digits, [g, C, 3].
 
     A reply's randomness depends on (seed, group, candidate, number) alone.
     """
     count, k = len(groups[0]["candidates"]), cfg.sampled_replies
-    replies = [torch.zeros(0, count, k, max_tokens, dtype=torch.int64)]
+    replies, masses = [torch.zeros(0, count, k, max_tokens, dtype=torch.int64)], [torch.zeros(0, count, len(AXES))]
+    digits = judge.digit_ids.expand(count * len(AXES), -1)
     bar = tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main())
     for group in guide.announce(bar, len(bar), "sample"):
         lr, images, _ = data.group_images(source, group)
-        with torch.no_grad():
-            features, grids = mllm.image_features(judge, [[lr, *images]])
-        order = [i for c in range(1, count + 1) for i in (0, c)]             # LR, candidate, LR, candidate ..
+        features, grids = mllm.image_features(judge, [[lr, *images]])
+        digit_logp = mllm_policy.logp(judge, features, grids, [[[] for _ in images]], digits)[2]         # [C * 3, 9]
+        masses.append(digit_logp.exp().sum(-1).view(1, count, -1).cpu())
         uniforms = torch.rand(count, k, max_tokens, generator=run.generator(cfg.seed, "sampled", group["id"]))
-        written = sampling.sample_replies(judge, [features[i] for i in order], grids[order], uniforms)
+        written = sampling.sample_replies(judge, features, grids, uniforms, [count])
         padded = [[ids + [-1] * (max_tokens - len(ids)) for ids in own] for own in written]
         replies.append(torch.tensor([padded]))
-    return torch.cat(replies)
+    return torch.cat(replies), torch.cat(masses)
 
 
 def read_replies(judge: Judge, replies: Tensor) -> tuple[list[list[list[str]]], Tensor]:
@@ -307,7 +310,7 @@ def headline(results: dict, images_per_second: float) -> dict:
             "consistency_accuracy": found["judge"]["consistency"]["value"],
             "naturalness_accuracy": found["judge"]["naturalness"]["value"],
             "sampled_accuracy": readouts and readouts["accuracy"]["sampled"]["overall"]["value"],
-            "parse_rate": readouts and readouts["parse_rate"],
+            "parse_rate": readouts and readouts["parse_rate"], "digit_mass": readouts and readouts["digit_mass"],
             "images_per_second": round(images_per_second, 1), **reward_checks.headline(results)}
 
 
@@ -337,8 +340,8 @@ def main(cfg: Config) -> None:
     # 2. sampled replies
     replies = None
     if chosen:
-        replies = dist.gather_rows(sample(cfg, judge, source, groups=[groups[i] for i in chosen],
-                                          max_tokens=settings["max_reply_tokens"]))
+        replies, mass = map(dist.gather_rows, sample(cfg, judge, source, groups=[groups[i] for i in chosen],
+                                                     max_tokens=settings["max_reply_tokens"]))
 
     asked = None
     if cfg.pair_model:
@@ -363,7 +366,7 @@ def main(cfg: Config) -> None:
         if chosen:
             written, sampled = read_replies(judge, replies)
             texts = {groups[i]["id"]: own for i, own in zip(chosen, written)}
-            results["readouts"] = compare_readouts(
+            results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
                 sampled, scores["judge"][chosen], labels.ranks[chosen], seed=cfg.seed)
         if asked is not None:
             own = Labels(labels.ranks[chosen], labels.scores[chosen])

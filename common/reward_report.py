@@ -65,7 +65,8 @@ def markdown(results: dict) -> str:
                                                for key in ("mean", "mean_absolute"))] for axis in SHOWN]
         lines += ["## Two read-outs", "",
                   f"On {found['groups']} groups: mean of {found['replies_per_candidate']} sampled replies "
-                  f"({found['parse_rate']:.1%} of them parse), and expectation over the digits.", "",
+                  f"({found['parse_rate']:.1%} of them parse), and expectation over the digits, "
+                  f"which hold {found['digit_mass']:.1%} of the probability of all tokens there.", "",
                   *table(["axis", "sampled", "expected", "correlation", "sampled - expected, mean", "mean absolute"],
                          rows)]
     return "\n".join(lines + [f"- {note}" for note in results["notes"]]).rstrip() + "\n"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import calibration, data, metrics, mllm, prefix_check, reward_report, token_tree
+from common import calibration, data, metrics, mllm, prefix_check, reward_report, run, sampling, token_tree
 from common.cohorts import Cohort, load_cohorts, scores_of
 from common.config import load_config
 from common.labels import label_arrays
@@ -337,7 +337,7 @@ def test_what_03_leaves_behind(evaluated):
     assert {"pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
             "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95",
             "srcc", "consistency_accuracy", "naturalness_accuracy", "sampled_accuracy", "parse_rate",
-            "images_per_second", "probe_rate", "probe_rate_ci95", "accuracy_with_ties", "plcc", "krcc",
+            "digit_mass", "images_per_second", "probe_rate", "probe_rate_ci95", "accuracy_with_ties", "plcc", "krcc",
             "held_out_method_accuracy", "within_tier_accuracy", "within_tier_method_prior",
             "calibration_error_before", "calibration_error", "seconds_per_score_p50",
             "seconds_per_score_p95", "tokens_per_score_p50", "tokens_per_score_p95", "tokens_per_reply_p50",
@@ -476,6 +476,27 @@ def test_groups_that_lack_an_axis_and_groups_without_any_label(evaluated, toy_co
         wanted = slow_accuracy([line for line in lines if line["group"] not in without], axis)
         assert results["accuracy"]["judge"][axis]["value"] == pytest.approx(wanted, abs=1e-4)
     assert results["notes"] == [] and results["summary"].startswith("7 LR groups")
+
+
+def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run, toy_config):
+    stage, source = load_stage("03"), toy_run / "01_build_dataset"
+    cfg = load_config(stage.Config, stage.__file__, [str(toy_config)])
+    judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), data.load_groups(source, "test")[0]
+    replies, mass = stage.sample(cfg, judge, source, groups=[group], max_tokens=12)
+    lr, images, _ = data.group_images(source, group)
+    uniforms = torch.rand(4, 2, 12, generator=run.generator(cfg.seed, "sampled", group["id"]))
+    for c, image in enumerate(images):
+        with torch.no_grad():
+            features, grids = mllm.image_features(judge, [[lr, image]])
+            row = mllm.prompt_row(judge, grids[0], grids[1:])
+            stems = mllm.add_stems(judge, row, [1])
+            rows = token_tree.collate([row], CPU)
+            hidden = mllm.hidden_states(judge, rows, features)[token_tree.last_tokens(rows, [stems])]
+            chances = mllm.policy_logits(judge, hidden).softmax(-1)
+        wanted = [sum(float(own[token]) for token in judge.digit_ids) for own in chances]
+        assert mass[0, c].tolist() == pytest.approx(wanted, abs=1e-4) and max(wanted) < 1
+        alone, = sampling.sample_replies(judge, features, grids, uniforms[c:c + 1])
+        assert [[i for i in ids if i >= 0] for ids in replies[0, c].tolist()] == alone
 
 
 def test_read_outs_leave_out_what_did_not_parse():
