@@ -16,7 +16,8 @@ def thurstone(scores: Tensor, ranks: Tensor, std_floor: float) -> Tensor:
     A score q of candidate i meets the scores of each other candidate z: by Thurstone's model
     p = Phi((q - mean_z) / sqrt(var_i + var_z + std_floor^2)) is the chance that i is better. The reward is the
     mean over z of the fidelity sqrt(p g) + sqrt((1 - p)(1 - g)), g = 1, 1/2, 0 where i is above, level, below z.
-    Source: VisualQuality-R1, arXiv 2505.14460; the cohort (one LR image) and the floor are ours.
+    Source: VisualQuality-R1, arXiv 2505.14460, which has the unbiased variance (over K - 1); the cohort (one LR image),
+    the variance over K, and the floor are ours.
     """
     valid = ~scores.isnan()
     mean = scores.nanmean(-1)                                                                  # [.., C] NaN if none
