@@ -29,15 +29,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sampling, sharding
+from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sharding
 from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, require_enough, scores_of
 from common.config import load_config
 from common.labels import check_methods, label_arrays
-from common.looks import encode_images
 from common.mllm import Judge
 from common.mllm_policy import sample
 from common.reward_grpo import advantages, learn, score
-from common.reward_summary import summary
+from common.reward_summary import parse_rate, summary
 from common.small_mllm import build_small
 from common.supervised import sft_rank_step, supervised_step
 from common.training import (average, copy_of, count_bad, drop_nonfinite, holding, load_weights, optimizers, resume,
@@ -255,23 +254,6 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, chosen: dict, train: 
     return row, examples
 
 
-# evaluate ------------------------------------------------------------------------------------------------------
-
-def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
-    """Share of sampled replies, one per (LR, candidate), that have the asked form."""
-    counts = torch.zeros(2)
-    for cohort in mine(cohorts):
-        with torch.no_grad():
-            features, grids = encode_images(judge, [cohort], [0])
-        uniforms = torch.rand(len(cohort.images), 1, cfg.max_reply_tokens,
-                              generator=run.generator(cfg.seed, "parse rate", cohort.id))
-        replies = sampling.sample_replies(judge, features, grids, uniforms, [len(cohort.images)])
-        parsed = [mllm.parse_reply(mllm.reply_text(judge, own[0])) for own in replies]
-        counts += torch.tensor([sum(p is not None for p in parsed), len(parsed)])
-    right, total = dist.all_sum(counts).tolist()
-    return right / total
-
-
 # the stage -----------------------------------------------------------------------------------------------------
 
 def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge:
@@ -294,6 +276,16 @@ def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, sou
         model_card.write(folder / "judge", source, asdict(cfg), before=state["cold_start"], after=state["best"])
 
 
+def save_merged(stage: Path) -> None:
+    """judge/merged/ of a finished stage 02: base and adapter as one model, for tools that know no adapters."""
+    merged, judge = stage / "judge" / "merged", mllm.load_judge(stage, torch.device("cpu"))         # a GPU may be full
+    judge.model = judge.model.merge_and_unload()
+    partial = merged.with_suffix(".partial")
+    mllm.save_model(judge, partial)
+    partial.rename(merged)
+    print(f"wrote {merged}")
+
+
 @run.explained(Config)
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
@@ -302,7 +294,7 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, go_on=to_merge, free=free)
     if (folder / "manifest.json").exists():
         if dist.is_main():
-            mllm.save_merged(folder)
+            save_merged(folder)
         return dist.finish()
     if cfg.fsdp and min(cfg.cold_start_groups, cfg.groups_per_step) < dist.world_size():
         run.fail(f"fsdp: {dist.world_size()} processes are more than cold_start_groups={cfg.cold_start_groups} or "
@@ -386,7 +378,7 @@ def main(cfg: Config) -> None:
         "best_step": state["best_step"], "parse_rate": round(rate, 4),
         "samples_per_second": round(cfg.steps * per_step / max(state["seconds"], 1e-9), 1)})
     if to_merge and dist.is_main():
-        mllm.save_merged(folder)
+        save_merged(folder)
     dist.finish()
 
 

@@ -100,6 +100,7 @@ class Judge:
         unused = range(len(self.tokenizer), self.net.lm_head.out_features)          # rows that pad the embedding
         banned = [*(vocabulary[t] for t in IMAGE_TOKENS if t in vocabulary), *unused]
         self.banned_ids = torch.tensor(banned, device=self.device)
+        self.kept_head = None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -108,6 +109,15 @@ class Judge:
     def net(self) -> torch.nn.Module:
         """The transformers model itself; LoRA layers, when there are any, live inside it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def float_head(self) -> Tensor:
+        """The head's weight in float32; a copy of a frozen bfloat16 one is kept: at 7B, 2 GB once and not per call."""
+        weight = self.net.lm_head.weight
+        if weight.requires_grad or weight.dtype == torch.float32:
+            return weight.float()
+        self.kept_head = weight.float() if self.kept_head is None else self.kept_head
+        return self.kept_head
 
 
 def image_features(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[list[Tensor], Tensor]:
@@ -144,7 +154,7 @@ def hidden_states(judge: Judge, rows: Rows, features: list[Tensor], cache=None) 
 
 def policy_logits(judge: Judge, hidden: Tensor) -> Tensor:
     """float32 logits [..., V] of the policy that samples and is trained: image tokens can never be written."""
-    logits = linear(hidden.float(), judge.net.lm_head.weight.float())      # a bfloat16 one near 20 is a multiple of 1/8
+    logits = linear(hidden.float(), judge.float_head)            # a bfloat16 one near 20 is a multiple of 1/8
     return logits.index_fill(-1, judge.banned_ids, -torch.inf)
 
 
@@ -278,13 +288,3 @@ def load_judge(stage: str | Path, device: torch.device) -> Judge:
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             run.fail(f"{stage}: judge/adapter cannot be loaded ({error}); {again}")
     return judge
-
-
-def save_merged(stage: Path) -> None:
-    """judge/merged/ of a finished stage 02: base and adapter as one model, for tools that know no adapters."""
-    merged, judge = stage / "judge" / "merged", load_judge(stage, torch.device("cpu"))         # a GPU may be full
-    judge.model = judge.model.merge_and_unload()
-    partial = merged.with_suffix(".partial")
-    save_model(judge, partial)
-    partial.rename(merged)
-    print(f"wrote {merged}")

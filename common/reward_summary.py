@@ -1,13 +1,15 @@
-"""What a GRPO step of the reward model wrote and earned, in numbers for metrics.jsonl."""
+"""What the reward model writes, and earns in a step of GRPO, in numbers."""
 import torch
 
-from common import dist, mllm
+from common import dist, mllm, run, sampling
+from common.cohorts import Cohort, mine
+from common.looks import encode_images
 from common.mllm import Judge
 from common.mllm_policy import Answers
 
 
 def summary(judge: Judge, cfg, answers: list[Answers]) -> dict[str, float]:
-    """Means and shares over the answers of all ranks; each has its own, perhaps none. cfg: settings of stage 02."""
+    """Means and shares over a step's answers of all ranks; each has its own, perhaps none. cfg: settings of 02."""
     replies = torch.cat([torch.zeros(0), *(item.reply_rewards.flatten() for item in answers)])
     digits = torch.cat([torch.zeros(0, cfg.direct_replies), *(item.digit_rewards for item in answers)])
     spread = digits.std(1, correction=0)                                   # NaN without a label
@@ -21,3 +23,18 @@ def summary(judge: Judge, cfg, answers: list[Answers]) -> dict[str, float]:
     return dict(reward_mean=total / n, reward_std=max(squares / n - (total / n) ** 2, 0) ** 0.5,
                 digit_reward_mean=digit_total / n_labeled, zero_std_groups=zero / n_groups,
                 judge_parse_failures=unparsed / n, digit_parse_failures=no_digit / n_digits)
+
+
+def parse_rate(judge: Judge, cfg, cohorts: list[Cohort]) -> float:
+    """Share of sampled replies, one per (LR, candidate), that have the asked form."""
+    counts = torch.zeros(2)
+    for cohort in mine(cohorts):
+        with torch.no_grad():
+            features, grids = encode_images(judge, [cohort], [0])
+        uniforms = torch.rand(len(cohort.images), 1, cfg.max_reply_tokens,
+                              generator=run.generator(cfg.seed, "parse rate", cohort.id))
+        replies = sampling.sample_replies(judge, features, grids, uniforms, [len(cohort.images)])
+        parsed = [mllm.parse_reply(mllm.reply_text(judge, own[0])) for own in replies]
+        counts += torch.tensor([sum(p is not None for p in parsed), len(parsed)])
+    right, total = dist.all_sum(counts).tolist()
+    return right / total

@@ -228,6 +228,20 @@ def test_bfloat16_weights_give_float32_log_probabilities(checkpoint):
     torch.testing.assert_close(scores[:1], alone, rtol=0, atol=0.05)
 
 
+def test_the_head_is_converted_once_where_it_is_frozen_and_follows_its_weights_where_it_is_trained(checkpoint):
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for trained in (False, True):
+        judge = load(checkpoint, dtype="bfloat16", lora=True)
+        weight = judge.net.lm_head.weight.requires_grad_(trained)
+        for _ in range(2):
+            wanted = torch.nn.functional.linear(hidden.float(), weight.float())
+            found = mllm.policy_logits(judge, hidden)
+            assert torch.equal(found, wanted.index_fill(-1, judge.banned_ids, -torch.inf))
+            assert (judge.float_head is judge.float_head) != trained
+            if trained:
+                weight.data.mul_(2)
+
+
 def test_an_image_with_other_tokens_than_features_stops(checkpoint):
     judge = load(checkpoint)
     with torch.no_grad():
