@@ -29,12 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import skimage
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import color_fix, data, degrade, dist, guide, iqa, metrics, mllm, restored_page, restoring, run
+from common import color_fix, data, degrade, dist, guide, iqa, metrics, mllm, photos, restored_page, restoring, run
 from common import sr_policy, sr_report, sr_reward, sr_statistics, sr_variants
 from common.cohorts import mine
 from common.config import load_config, read_yaml
@@ -218,21 +217,34 @@ def examples(cfg: Config, source: Path, folder: Path, *, groups: list[dict], val
     return found
 
 
-def photo_path(hr_dir: str, source: str) -> Path | None:
-    """The photograph behind a source name of stage 01, if it still lies there."""
-    folder = Path(skimage.__file__).parent / "data" if hr_dir == "skimage" else Path(hr_dir)
-    found = sorted(path for path in folder.glob(f"{source}.*") if path.is_file())
-    return found[0] if found else None
+def photographs(cfg: Config, made_with: dict, policy: Policy) -> dict[str, Path]:
+    """
+    Source name -> photograph, where they still lie, to cut larger crops from; {} if none are wanted or it was imported.
+
+    made_with: stage 01's settings. Stops if a crop has no size that the policy can restore.
+    """
+    hr_dir, scale = made_with["hr_dir"], made_with["scale"]
+    if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or Path(hr_dir).is_dir()):
+        return {}
+    unit, side = scale * policy.multiple, cfg.large_size // scale
+    if cfg.large_size % unit:
+        run.fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, as scale={scale} and the network halves "
+                 f"the sides of LR until {policy.multiple} px are one; or large_crops=0")
+    policy.observe(torch.zeros(1, 3, side, side, device=policy.times.device), [(cfg.seed,)])    # may be too large
+    return dict(photos.find(hr_dir, "hr_dir"))
 
 
-def large_crops(cfg: Config, policies: dict[str, Policy], made_with: dict, *,
+def large_crops(cfg: Config, policies: dict[str, Policy], made_with: dict, *, found: dict[str, Path],
                 sources: list[str]) -> dict[str, dict]:
-    """Caption -> variant -> image, for crops larger than those of training. made_with: stage 01's settings."""
+    """Caption -> variant -> image, for crops larger than those of training, of photographs that were found."""
     crops, side, scale = {}, cfg.large_size, made_with["scale"]
-    for i in range(cfg.large_crops):
+    for i in range(cfg.large_crops if found else 0):
         source, rng = sources[i % len(sources)], run.np_rng(cfg.seed, "large crop", i)
-        path = photo_path(made_with["hr_dir"], source)
-        photo = data.read_image(path) if path else np.zeros((0, 0, 3), np.uint8)
+        try:
+            photo = data.read_image(found[source])
+        except (KeyError, ValueError) as error:
+            dist.print0(f"no larger crop of {source}: its photograph is gone or broken ({error})")
+            continue
         if min(photo.shape[:2]) < side:
             continue
         y, x = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
@@ -289,7 +301,7 @@ def main(cfg: Config) -> None:
         return restore_folder(cfg)
     started = time.time()
     device = dist.init()
-    folder = run.open_stage(cfg, __file__, free=("images_per_gpu",))
+    folder = run.open_stage(cfg, __file__, free=("images_per_gpu", "large_crops", "large_size"))
     source, judged_by, tuned = (run.require(cfg.run, stem) for stem in
                                 ("01_build_dataset", "02_train_reward", "04_train_sr_grpo"))
     groups = [group for group in data.load_groups(source, "test") if group["hr"]]
@@ -303,6 +315,8 @@ def main(cfg: Config) -> None:
     judge, measures = mllm.load_judge(judged_by, device), iqa.load(cfg.pyiqa_metrics, device)
     kinds = ["base", "tuned", *["hybrid"] * bool(cfg.hybrid)]
     policies = sr_variants.load(tuned, kinds, device, hybrid=cfg.hybrid)
+    made_with = settings_of(source)
+    uncut = photographs(cfg, made_with, policies["tuned"])
     names, variants = METRICS | iqa.describe(measures), ["bicubic", *kinds, "hr"]
 
     # 1. restore and measure, at the number of steps that it was tuned at and at others
@@ -330,7 +344,7 @@ def main(cfg: Config) -> None:
         columns = ["LR", *variants]
         data.write_png(pictures / "contact_sheet.png",
                        sheet([[images[key] for key in columns] for _, images, _ in rows], columns))
-        large = large_crops(cfg, policies, settings_of(source), sources=sources)
+        large = large_crops(cfg, policies, made_with, found=uncut, sources=sources)
         sr_report.write(folder, results, names=names, variants=kinds, rows=rows, large=large)
         dist.print0(f"open {folder / 'report.html'} in a browser")
     cost = results["seconds_per_sample"]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import data, mllm, run, sr_images, sr_reward
-from conftest import ROOT, build_judge, load_stage, run_stage
+from common import config, data, mllm, run, sr_images, sr_reward
+from conftest import ROOT, build_judge, load_stage, make_images, run_stage
 from test_sr_policy import tiny_policy
 
 MORE = ("hybrid=0.5", "eval_steps=2")                       # compared in 05, too
@@ -192,6 +193,14 @@ def test_05_compares_on_the_test_split(evaluated):
     assert cost["denoise"] + cost["decode"] == pytest.approx(results["seconds_per_image"], abs=1e-3)
 
 
+def test_05_begun_with_other_larger_crops_is_the_same_run(evaluated, toy_config):
+    stage = load_stage("05")
+    argv = [str(toy_config), f"run={evaluated}", *MORE, "large_crops=0", "large_size=64"]
+    with pytest.raises(SystemExit) as finished:
+        stage.main(config.load_config(stage.Config, stage.__file__, argv))
+    assert finished.value.code == 0
+
+
 def test_05_judges_in_the_crops_that_04_optimized(toy_run):
     stage, judge, source = load_stage("05"), build_judge()[0], toy_run / "01_build_dataset"
     groups = data.load_groups(source, "test")[:2]
@@ -240,6 +249,61 @@ def test_05_again_and_with_two_processes_gives_the_same(evaluated, toy_config, t
         assert processes == 2 or ours == theirs
         for key, value in theirs["headline"].items():
             assert ours["headline"][key] == pytest.approx(value, abs=2e-3), key
+
+
+def test_05_compares_on_an_imported_set_and_shows_no_larger_crops(tuned, toy_config, toy_run, tmp_path):
+    """An import knows no folder of photographs that larger crops could come from."""
+    source, target = toy_run / "01_build_dataset", tmp_path / "run"
+    names = ["lr", "candidate_a", "candidate_b", "axis", "choice", "annotator", "source", "split", "hr"]
+    groups = data.load_groups(source, "test") + data.load_groups(source, "train")[:2]
+    rows = [[group["lr"], *(one["path"] for one in group["candidates"][:2]), "overall", "a", "ann", group["source"],
+             group["split"], group["hr"]] for group in groups]
+    (tmp_path / "set").mkdir()
+    for kind in {Path(name).parts[0] for row in rows for name in (*row[:3], row[-1])}:
+        (tmp_path / "set" / kind).symlink_to(source / kind)
+    with open(tmp_path / "set" / "votes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    finish("01", toy_config, target, f"import_from={tmp_path / 'set' / 'votes.csv'}", "import_format=csv", "hr_dir=null",
+           "val_sources=", "test_sources=", "val_fraction=0", "test_fraction=0")
+    for stem in ("02_train_reward", "04_train_sr_grpo"):
+        (target / stem).symlink_to(tuned / stem)
+    finish("05", toy_config, target)
+    assert run.read_json(target / "05_eval_sr" / "results.json")["images"] == 8
+    assert "Larger crops" not in (target / "05_eval_sr" / "report.html").read_text()
+
+
+def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsys):
+    """Sub-folders, names with brackets, other files of the same name, and one photograph that broke since."""
+    stage, policies = load_stage("05"), {"base": tiny_policy(), "tuned": tiny_policy()}
+    (tmp_path / "a [1]").mkdir()
+    data.write_png(tmp_path / "a [1]" / "IMG_1.png", make_images(0, 96, 64)[1])
+    for suffix in ("CR2", "json"):
+        (tmp_path / "a [1]" / f"IMG_1.{suffix}").write_bytes(b"raw")
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    made_with = {"hr_dir": str(tmp_path), "scale": 4, "degradation": "mild"}
+    cfg = stage.Config(run="unused", seeds_per_image=1, large_crops=4, large_size=64)
+    found = stage.photographs(cfg, made_with, policies["tuned"])
+    crops = stage.large_crops(cfg, policies, made_with, found=found, sources=["a [1]/IMG_1", "gone", "torn"])
+    assert [caption.split(",")[0] for caption in crops] == ["a [1]/IMG_1"] * 2
+    assert all(image.shape == (64, 64, 3) for images in crops.values() for key, image in images.items() if key != "LR")
+    text = capsys.readouterr().out
+    assert text.count("no larger crop of gone") == text.count("no larger crop of torn") == 1
+    assert {"motorcycle", "grace_hopper"} <= set(stage.photographs(cfg, made_with | {"hr_dir": "skimage"},
+                                                                   policies["tuned"]))
+    for other, changes in ((made_with | {"hr_dir": None}, {}), (made_with | {"hr_dir": str(tmp_path / "no")}, {}),
+                           (made_with | {"scale": 3}, {"large_crops": 0})):
+        cut = replace(cfg, **changes)
+        assert stage.photographs(cut, other, policies["tuned"]) == {}
+        assert stage.large_crops(cut, policies, other, found={}, sources=["torn"]) == {}
+
+
+@pytest.mark.parametrize("scale, size, unit", [(3, 256, 6), (4, 100, 8)])
+def test_a_size_of_larger_crops_that_the_policy_cannot_restore_is_refused_first(scale, size, unit, capsys):
+    stage = load_stage("05")
+    with pytest.raises(SystemExit):
+        stage.photographs(stage.Config(run="unused", large_size=size), {"hr_dir": "skimage", "scale": scale},
+                          tiny_policy())
+    assert f"large_size={size}: should be a multiple of {unit}" in capsys.readouterr().err
 
 
 def test_groups_of_several_sizes_are_named(tmp_path, capsys):
