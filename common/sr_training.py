@@ -107,6 +107,7 @@ def cold_start_loss(policy: Policy, cfg, source: Path, *, groups: list[dict], st
     keys = [(cfg.seed, "cold start", step, row) for row in rows]
     noise = sr_policy.draw_noise(keys, clean.shape[1:], device)
     time = ((torch.tensor(rows) + shift[rows]) / size * len(policy.signal)).long().to(device)   # stratified
+    time = time.clamp(max=len(policy.signal) - 1)                       # float32 may round to the end itself
     signal = policy.signal[time][:, None, None, None]
     v = signal.sqrt() * noise - (1 - signal).sqrt() * clean
     error = policy.velocity(signal.sqrt() * clean + (1 - signal).sqrt() * noise, time, lr) - v

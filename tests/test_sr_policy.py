@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from peft import LoraConfig, get_peft_model
 
-from common import grpo, run, samplers, sr_detail, sr_policy
+from common import data, grpo, run, samplers, sr_detail, sr_policy
+from common.sr_images import to_pixels
 from common.sr_policy import Policy
-from common.sr_training import fit_sampler, trainable
+from common.sr_training import cold_start_loss, fit_sampler, trainable
 from conftest import load_stage
 
 STEPS, LATENT = 5, (16, 8, 8)
@@ -246,6 +247,20 @@ def test_lora_is_merged_on_saving_and_off_it_is_the_base(policy, lr, tmp_path):
     sr_policy.save_policy(tuned, tmp_path)
     loaded = sr_policy.load_policy(tmp_path, torch.device("cpu"))
     assert torch.allclose(sr_policy.restore(loaded, lr, noise(4)[:, 0]), expected, atol=1e-5)
+
+
+# cold start ------------------------------------------------------------------------------------------------
+
+def test_a_time_that_float32_rounds_to_the_end_is_the_last_one(policy, tmp_path):
+    """Seed 0, batch 64: in this step of configs/full.yaml row 63 draws 0.9999994, and 63 + that is 64 in float32."""
+    hr = images(1)
+    for name, image in (("hr", hr), ("lr", shrink(hr))):
+        data.write_png(tmp_path / f"{name}.png", to_pixels(image)[0])
+    step, cfg = 193606, settings(cold_start_batch=64)
+    drawn = torch.rand(64, generator=run.generator(0, "cold start time", step))
+    assert (torch.arange(64) + drawn)[-1] == 64
+    loss = cold_start_loss(policy, cfg, tmp_path, groups=[{"lr": "lr.png", "hr": "hr.png"}] * 3, step=step)
+    assert 0 < float(loss.detach()) < 100
 
 
 # GRPO ------------------------------------------------------------------------------------------------------
