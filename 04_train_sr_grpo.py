@@ -22,7 +22,6 @@ Writes  <run>/04_train_sr_grpo/   cold_start/ (policy before GRPO)  policy/ (aft
                                   manifest.json
 Expect  demo: see the table in README.md
 """
-import copy
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,11 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (data, dist, guide, loggers, mllm, run, sr_latent, sr_pipelines, sr_plan, sr_policy, sr_reward,
+from common import (data, dist, guide, loggers, mllm, run, sr_cold_start, sr_latent, sr_plan, sr_policy, sr_reward,
                     sr_training)
 from common.checkpoints import checkpoints
 from common.cohorts import mine, pick, require_enough
@@ -43,15 +41,11 @@ from common.config import load_config
 from common.samplers import SAMPLERS, SOLVERS, window_start
 from common.sr_grpo import ALGORITHMS, check_ratio, copied, update, using
 from common.sr_images import held_out, load, require_one_size, sheet, to_pixels
-from common.sr_latent import LatentPolicy
 from common.sr_pipelines import PIPELINES, LatentSampler
 from common.sr_policy import Policy, Rollout
-from common.sr_training import trainable
+from common.sr_training import trainable, with_reference
 
 PARTS = ("sample", "score", "update", "decode")                         # of a step's time
-# convolutions, attention, time embedding; conv_out has a large gradient, nearly all noise
-LORA_LAYERS = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "linear_1", "linear_2"]
-
 AT_LEAST_0 = ("noise_level", "steps", "window_start", "window_every", "warmup_steps", "lora_rank", "clip_low",
               "clip_high", "kl_weight", "ratio_tolerance", "std_floor", "max_sample_drop", "crop", "patience")
 AT_LEAST_1 = ("denoise_steps", "layers", "cold_start_steps", "cold_start_batch", "inputs_per_step", "samples_per_gpu",
@@ -170,24 +164,6 @@ class Config:
             f"window_start + window_width should be in 1..{last}: the last denoising step adds no noise"
 
 
-# model ---------------------------------------------------------------------------------------------------
-
-def with_reference(cfg: Config, policy: Policy | LatentPolicy) -> tuple[Policy | LatentPolicy, ...]:
-    """The policy to train and its reference: with LoRA the same object (adapter off), else with a UNet of its own."""
-    if cfg.gradient_checkpointing:
-        policy.unet.enable_gradient_checkpointing()
-    layers = LORA_LAYERS if isinstance(policy, Policy) else sr_pipelines.LORA_LAYERS
-    if not cfg.lora_rank:
-        shared = {id(part): part for name, part in policy.named_children() if name != "unet"}   # autoencoder, ..
-        trained = copy.deepcopy(policy, shared)
-        trained.unet.requires_grad_(True)
-        return trained, policy
-    torch.manual_seed(run.stable_seed(cfg.seed, "lora"))            # peft draws from torch's own generator
-    policy.unet = get_peft_model(policy.unet, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
-                                                         target_modules=layers))
-    return policy, policy
-
-
 # sampling and reward -------------------------------------------------------------------------------------
 
 def roll_out(policy: Policy, cfg: Config, lr: Tensor, *, ids: list[str], step: int) -> list[Rollout]:
@@ -282,7 +258,7 @@ def main(cfg: Config) -> None:
     sampler = LatentSampler(cfg.policy, cfg.model, scale, cfg.denoise_steps, cfg.noise_level, times=cfg.step_list,
                             solver=cfg.solver, controlnet=cfg.controlnet)
     if cfg.plan:
-        policy = sr_training.new_policy(cfg, source, train) if cfg.policy == "pixel" else sr_latent.build(sampler)
+        policy = sr_cold_start.new_policy(cfg, source, train) if cfg.policy == "pixel" else sr_latent.build(sampler)
         sr_plan.show(cfg, *with_reference(cfg, policy.eval().requires_grad_(False)), lr=load(source, train[:1], "lr"),
                      scale=scale, evaluated=len(fixed), judge=judge_folder)
         return dist.finish()
@@ -291,8 +267,8 @@ def main(cfg: Config) -> None:
     if cfg.policy != "pixel":
         sr_latent.point_to(cold, sampler)
     elif not (cold / "sampler.json").exists():
-        policy = sr_training.new_policy(cfg, source, train).to(device)
-        sr_training.cold_start(policy, cfg, cold, source=source, groups=train)
+        policy = sr_cold_start.new_policy(cfg, source, train).to(device)
+        sr_cold_start.cold_start(policy, cfg, cold, source=source, groups=train)
     run.drop_checkpoints(cold)
     judge = mllm.load_judge(judge_folder, device)
     policy, reference = with_reference(cfg, sr_latent.load_policy(cold, device))

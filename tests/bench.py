@@ -305,7 +305,7 @@ def sr_training(rounds: int) -> dict[str, list[float]]:
     from diffusers import UNet2DModel
 
     from common import sr_detail, sr_grpo, sr_reward
-    from common.sr_training import fit_sampler
+    from common.sr_cold_start import fit_sampler
     from common.sr_policy import Policy
     stage, found = load_stage("04"), {"window": [], "full trajectory": []}
     groups = [make_images(i, 64, 64, count=1) for i in range(2)]

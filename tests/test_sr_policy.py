@@ -12,9 +12,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from peft import LoraConfig, get_peft_model
 
 from common import data, grpo, run, samplers, sr_detail, sr_policy
+from common.sr_cold_start import cold_start_loss, fit_sampler
 from common.sr_images import to_pixels
 from common.sr_policy import Policy
-from common.sr_training import cold_start_loss, fit_sampler, trainable
+from common.sr_training import LORA_LAYERS, trainable
 from conftest import load_stage
 
 STEPS, LATENT = 5, (16, 8, 8)
@@ -58,7 +59,7 @@ def lr() -> torch.Tensor:
 
 def add_lora(policy: Policy) -> Policy:
     torch.manual_seed(1)
-    policy.unet = get_peft_model(policy.unet, LoraConfig(r=4, target_modules=load_stage("04").LORA_LAYERS))
+    policy.unet = get_peft_model(policy.unet, LoraConfig(r=4, target_modules=LORA_LAYERS))
     return policy
 
 
