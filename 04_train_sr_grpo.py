@@ -266,7 +266,9 @@ def main(cfg: Config) -> None:
     cold = folder / "cold_start"
     if cfg.policy != "pixel":
         sr_latent.point_to(cold, sampler)
-    elif not (cold / "sampler.json").exists():
+    elif (cold / "sampler.json").exists():
+        sr_cold_start.adopt(cold, cfg)
+    else:
         policy = sr_cold_start.new_policy(cfg, source, train).to(device)
         sr_cold_start.cold_start(policy, cfg, cold, source=source, groups=train)
     run.drop_checkpoints(cold)

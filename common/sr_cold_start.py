@@ -6,7 +6,7 @@ draws the same batch. Shapes: B pairs, C latent channels, h w size of LR, H W si
 """
 import copy
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from common import curves, dist, guide, loggers, run, sr_detail, sr_policy
+from common import curves, dist, guide, loggers, run, sr_detail, sr_latent, sr_policy
 from common.cohorts import mine
 from common.sr_images import load, turn
 from common.sr_policy import Policy, Sampler
@@ -51,6 +51,26 @@ def new_policy(cfg, source: Path, groups: list[dict]) -> Policy:
     for p in unet.conv_out.parameters():
         torch.nn.init.zeros_(p)                                 # v = 0 is right where nothing can be known
     return Policy(unet, sampler)
+
+
+def adopt(folder: Path, cfg) -> None:
+    """
+    Let the cold start that lies in `folder`, perhaps copied from another run, denoise as the settings say, which its
+    weights do not depend on; stop if they ask for another network.
+    """
+    sampler, network = sr_latent.sampler_of(folder), run.read_json(folder / "config.json")
+    trained = {"channels": network.get("block_out_channels"), "layers": network.get("layers_per_block"),
+               "contrast_power": sampler.contrast_power}
+    for key, value in trained.items():
+        if vars(cfg)[key] != value:
+            run.fail(f"{folder} was trained with {key}={value}, the setting is {vars(cfg)[key]}: give the former, or "
+                     "delete this folder so that it is trained anew")
+    wanted = sr_policy.timed(sampler, cfg.denoise_steps, [int(time) for time in cfg.step_list])
+    wanted = replace(wanted, solver=cfg.solver)
+    dist.barrier()                                                      # every rank has read it
+    if dist.is_main() and wanted != sampler:
+        run.write_json(folder / "sampler.json", asdict(wanted))
+    dist.barrier()
 
 
 def cold_start_loss(policy: Policy, cfg, source: Path, *, groups: list[dict], step: int) -> Tensor:

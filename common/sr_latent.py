@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from common import dist, run, samplers, sr_policy
 from common.sr_flow import FlowPolicy
-from common.sr_pipelines import LatentSampler, load_pipeline, own_times
-from common.sr_policy import Policy
+from common.sr_pipelines import LatentSampler, load_pipeline, own_times, read_sampler
+from common.sr_policy import Policy, Sampler
 
 
 class LatentPolicy(nn.Module):
@@ -98,14 +98,23 @@ def point_to(folder: Path, sampler: LatentSampler) -> None:
     dist.barrier()
 
 
+def sampler_of(folder: Path, steps: int | None = None) -> Sampler | LatentSampler:
+    """How the policy in a folder of stage 04, of any kind, denoises; steps: another T, or one line that says why not."""
+    kind = LatentSampler if "policy" in run.read_json(folder / "sampler.json") else Sampler
+    sampler = read_sampler(kind, folder)
+    if kind is LatentSampler and sampler.model == ".":
+        sampler = replace(sampler, model=str(folder))
+    if steps in (None, sampler.steps):
+        return sampler
+    return sr_policy.timed(sampler, steps) if kind is Sampler else \
+        replace(sampler, times=own_times(replace(sampler, steps=steps)), steps=steps)
+
+
 def load_policy(folder: Path, device: torch.device, steps: int | None = None) -> Policy | LatentPolicy | FlowPolicy:
     """The frozen policy in a folder of stage 04, of any kind, or one line that says what is wrong; steps: another T."""
-    if "policy" not in run.read_json(folder / "sampler.json"):          # or else says what is wrong with the file
+    sampler = sampler_of(folder, steps)
+    if isinstance(sampler, Sampler):
         return sr_policy.load_policy(folder, device, steps)
-    sampler = sr_policy.read_sampler(LatentSampler, folder)
-    sampler = replace(sampler, model=str(folder)) if sampler.model == "." else sampler
-    if steps not in (None, sampler.steps):
-        sampler = replace(sampler, times=own_times(replace(sampler, steps=steps)), steps=steps)
     return build(sampler).to(device).eval().requires_grad_(False)
 
 

@@ -6,7 +6,7 @@ Published super-resolution pipelines of diffusers: loading them, their own denoi
     sd3         StableDiffusion3ControlNetPipeline, e.g. stabilityai/stable-diffusion-3-medium-diffusers with the
                 ControlNet InstantX/SD3-Controlnet-Tile
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -35,6 +35,15 @@ class LatentSampler:
 
 
 # load ----------------------------------------------------------------------------------------------------
+
+def read_sampler(kind: type, folder: Path):
+    """The dataclass `kind` from the folder's sampler.json, or one line that says what is wrong with it."""
+    saved, wanted = run.read_json(folder / "sampler.json"), [one.name for one in fields(kind)]
+    if sorted(saved) != sorted(wanted):
+        run.fail(f"{folder / 'sampler.json'}: has {', '.join(saved)}, expected {', '.join(wanted)}: written by another "
+                 "version of this code? Run the stage that wrote it in a new run=")
+    return kind(**saved)
+
 
 def from_pretrained(kind: type, model: str, key: str, settings: dict):
     """kind.from_pretrained: weights as float32, safetensors only; or one line that says why not."""

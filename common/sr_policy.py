@@ -18,7 +18,7 @@ Sources: v-prediction arXiv 2202.00512 appendix D; zero terminal SNR arXiv 2305.
 process (DDPO) arXiv 2305.13301. The latent is our own choice.
 """
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,14 @@ class Sampler:
     solver: str = "euler"           # of the ODE steps: euler or dpm
 
 
+def timed(sampler: Sampler, steps: int, times: list[int] = ()) -> Sampler:
+    """The same with other denoising steps: at these training time steps, or else evenly spaced from pure noise on."""
+    count = len(sampler.betas)
+    if not times and count % steps:
+        run.fail(f"{steps} denoising steps: they should divide the {count} time steps that the policy was trained with")
+    return replace(sampler, steps=steps, times=list(times or range(count - 1, -1, -(count // steps))))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Samples and the random steps that made them; the policy acts W times per sample."""
@@ -62,12 +70,12 @@ class Policy(nn.Module):
 
     def __init__(self, unet: nn.Module, sampler: Sampler):
         super().__init__()
-        count, self.unet, self.channels = len(sampler.betas), unet, len(sampler.basis)
+        self.unet, self.channels = unet, len(sampler.basis)
         self.lora_part = None                       # no pipeline, so none that could load LoRA by itself
         self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)                  # of which h, w are multiples
-        times = sampler.times or list(range(count - 1, -1, -(count // sampler.steps)))  # "trailing": from pure noise
-        assert len(times) == sampler.steps, f"{sampler.steps} denoising steps should divide {count}"
-        self.sampler = replace(sampler, times=times)
+        self.sampler = sampler if sampler.times else timed(sampler, sampler.steps)
+        times = self.sampler.times
+        assert len(times) == sampler.steps, f"{len(times)} time steps for {sampler.steps} denoising steps"
         signal = torch.cumprod(1 - torch.tensor(sampler.betas, dtype=torch.float64), 0)         # [N]
         ends = torch.cat([signal[times], signal.new_ones(1)])           # [T + 1] no noise after the last step
         basis = torch.tensor(sampler.basis, dtype=torch.float64)                                # [C, C]
@@ -189,20 +197,10 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.write(folder)
 
 
-def read_sampler(kind: type, folder: Path):
-    """The dataclass `kind` from the folder's sampler.json, or one line that says what is wrong with it."""
-    saved, wanted = run.read_json(folder / "sampler.json"), [one.name for one in fields(kind)]
-    if sorted(saved) != sorted(wanted):
-        run.fail(f"{folder / 'sampler.json'}: has {', '.join(saved)}, expected {', '.join(wanted)}: written by another "
-                 "version of this code? Run the stage that wrote it in a new run=")
-    return kind(**saved)
-
-
 def load_policy(folder: Path, device: torch.device, steps: int | None = None) -> Policy:
     """The frozen policy that save_policy wrote, or one line that says what is wrong with it; steps: another T."""
-    sampler = read_sampler(Sampler, folder)
-    if steps not in (None, sampler.steps):
-        sampler = replace(sampler, steps=steps, times=[])
+    sampler = sr_pipelines.read_sampler(Sampler, folder)
+    sampler = sampler if steps in (None, sampler.steps) else timed(sampler, steps)
     try:
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
         return Policy(unet, sampler).to(device).eval().requires_grad_(False)

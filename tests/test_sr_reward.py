@@ -226,6 +226,25 @@ def test_a_policy_that_fools_its_reward_is_stopped_and_rolled_back(toy_config, s
     assert finished.value.code == 0
 
 
+def test_a_cold_start_of_another_run_denoises_as_the_settings_say(toy_config, started, tmp_path, capsys):
+    """Its weights fit any steps and solver, but no other network."""
+    tune(toy_config, started, tmp_path / "run", "steps=0", "denoise_steps=5", "step_list=999,700,500,300,100",
+         "solver=dpm")
+    for name in ("cold_start", "policy"):
+        found = run.read_json(tmp_path / "run" / "04_train_sr_grpo" / name / "sampler.json")
+        assert (found["steps"], found["times"], found["solver"]) == (5, [999, 700, 500, 300, 100], "dpm")
+    weights = [path / "04_train_sr_grpo/cold_start/diffusion_pytorch_model.safetensors"
+               for path in (started, tmp_path / "run")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for i, (setting, before, now) in enumerate((("channels=64", "[32]", "[64]"), ("layers=2", "1", "2"),
+                                                ("contrast_power=0.5", "0.7", "0.5"))):
+        with pytest.raises(SystemExit) as stop:
+            tune(toy_config, started, tmp_path / str(i), "steps=0", setting)
+        assert stop.value.code == 2
+        key = setting.partition("=")[0]
+        assert f"cold_start was trained with {key}={before}, the setting is {now}" in capsys.readouterr().err
+
+
 def test_three_steps_without_a_finite_reward_end_the_run_and_name_the_checkpoint(toy_config, started, tmp_path,
                                                                                   monkeypatch, capsys):
     stage, calls = load_stage("04"), []
