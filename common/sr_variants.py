@@ -17,6 +17,15 @@ from common.sr_policy import Policy
 FOLDERS = {"base": "cold_start", "tuned": "policy"}             # of stage 04
 
 
+def switch(share: float, steps: int) -> int:
+    """Index of the first step of `base` in a hybrid, or one line if it would be no mix."""
+    first = round(share * steps)
+    if not 0 < first < steps:
+        run.fail(f"hybrid={share}: {first} of {steps} steps would have tuned weights, which is no mix: choose another "
+                 "share")
+    return first
+
+
 @dataclass
 class Hybrid:
     """Two policies of one kind as one: `tuned` makes the first `share` of the denoising steps, `base` the rest."""
@@ -25,13 +34,9 @@ class Hybrid:
     share: float
 
     def __post_init__(self):
-        steps = self.tuned.sampler.steps
         self.sampler, self.times = self.tuned.sampler, self.tuned.times
         self.levels, self.multiple, self.channels = self.tuned.levels, self.tuned.multiple, self.tuned.channels
-        self.switch = round(self.share * steps)                 # index of the first step of `base`
-        if not 0 < self.switch < steps:
-            run.fail(f"hybrid={self.share}: {self.switch} of {steps} steps would have tuned weights, which is "
-                     "no mix: choose another share")
+        self.switch = switch(self.share, self.tuned.sampler.steps)
 
     def observe(self, lr: Tensor, keys: list[tuple]) -> Tensor:
         return self.tuned.observe(lr, keys)
@@ -73,6 +78,14 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.time()
+
+
+def check(stage: Path, names: list[str], *, hybrid: float, steps: int) -> None:
+    """Stop, before anything is loaded, if `load` could not give the policies so many denoising steps."""
+    for folder in FOLDERS.values():
+        sr_latent.sampler_of(stage / folder, steps)
+    if "hybrid" in names:
+        switch(hybrid, steps)
 
 
 def load(stage: Path, names: list[str], device: torch.device, *, hybrid: float,

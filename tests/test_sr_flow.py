@@ -282,8 +282,9 @@ def test_04_and_05_tune_and_compare_sd3(models, toy_config, toy_run, tmp_path):
     assert results["ratio_error_max"] < 1e-5 and results["reward_end"] >= results["reward_start"]
     assert (folder / "policy" / "pytorch_lora_weights.safetensors").exists()
     assert run.read_json(folder / "policy" / "sampler.json")["solver"] == "dpm"
-    done = run_stage("05", toy_config, f"run={tmp_path / 'run'}", "seeds_per_image=1")
+    done = run_stage("05", toy_config, f"run={tmp_path / 'run'}", "seeds_per_image=1", "eval_steps=3")
     assert done.returncode == 0, done.stderr
+    assert list(run.read_json(tmp_path / "run" / "05_eval_sr" / "results.json")["steps"]) == ["3"]
     results = run.read_json(tmp_path / "run" / "05_eval_sr" / "manifest.json")["results"]
     assert np.isfinite(results["reward_base"]) and np.isfinite(results["reward_tuned"])
 

@@ -193,6 +193,20 @@ def test_05_compares_on_the_test_split(evaluated):
     assert cost["denoise"] + cost["decode"] == pytest.approx(results["seconds_per_image"], abs=1e-3)
 
 
+@pytest.mark.parametrize("settings, message", [
+    (["eval_steps=2,7"], "7 denoising steps: they should divide the 1000"), (["eval_steps=0"], "should be at least 1"),
+    (["eval_steps=2", "hybrid=0.8"], "hybrid=0.8: 2 of 2 steps"), (["large_size=98"], "large_size=98: should be a")])
+def test_05_refuses_what_it_cannot_compare_before_it_measures(tuned, toy_config, tmp_path, capsys, settings, message):
+    for stem in ("01_build_dataset", "02_train_reward", "04_train_sr_grpo"):
+        (tmp_path / stem).symlink_to(tuned / stem)
+    stage = load_stage("05")
+    with pytest.raises(SystemExit) as stop:
+        stage.main(config.load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error.splitlines()[-1]
+    assert not list(tmp_path.glob("05_eval_sr/images"))
+
+
 def test_05_begun_with_other_larger_crops_is_the_same_run(evaluated, toy_config):
     stage = load_stage("05")
     argv = [str(toy_config), f"run={evaluated}", *MORE, "large_crops=0", "large_size=64"]
