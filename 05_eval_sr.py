@@ -26,6 +26,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from common.sr_policy import Policy
 from common.sr_report import COMPARED
 from common.sr_variants import Clocked
 
+WAIT = timedelta(days=2)            # for the rank with the most to restore of your pictures
 POLICIES = ("base", "tuned", "hybrid")
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
@@ -267,7 +269,7 @@ def settings_of(stage: Path) -> dict:
 def restore_folder(cfg: Config) -> None:
     """Restore the pictures of lr_dir, in a folder of its own; those that are done already stay as they are."""
     started = time.time()
-    device, tuned = dist.init(), run.require(cfg.run, "04_train_sr_grpo")
+    device, tuned = dist.init(timeout=WAIT), run.require(cfg.run, "04_train_sr_grpo")
     name = re.sub(r"[^\w.-]+", "_", Path(cfg.lr_dir).resolve().name)[:80]
     out = Path(cfg.out or f"{cfg.run}/{Path(__file__).stem}_{name}")
     pictures = restoring.find(cfg.lr_dir, out)

@@ -4,10 +4,12 @@ Restoring a user's folder: tiles without seams, any size and kind of picture, re
 Run     python -m pytest tests/test_restoring.py        # 40 s
 """
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import color_fix, data, metrics, mllm, restoring, run, sr_policy, sr_tiles, sr_variants
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
+from common import color_fix, data, dist, metrics, mllm, restoring, run, sr_policy, sr_tiles, sr_variants
 from common.config import load_config
 from common.sr_images import to_pixels
 from common.sr_policy import Policy
@@ -318,6 +321,19 @@ def test_a_killed_run_goes_on_and_two_processes_write_the_same_bytes(trained, ph
     assert tree(two) == tree(killed)
 
 
+def test_a_process_that_has_finished_waits_for_the_others(trained, tmp_path):
+    """With a wait of 2 s instead of 10 minutes for all that asks for no other; here one picture takes longer."""
+    for name, side in (("a", 150), ("b", 16)):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        data.write_png(tmp_path / "photos" / f"{name}.png", picture(side, side))
+    argv = arguments(trained, tmp_path / "photos", tmp_path / "out")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           __file__, *argv], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = run.read_json(tmp_path / "out" / "manifest.json")["results"]
+    assert results["pictures"] == 2 and results["seconds_per_picture"] > 2
+
+
 def test_out_may_lie_inside_and_the_variants_are_side_by_side(trained, photos):
     out = photos / "restored"
     argv = arguments(trained, photos, out, "policy=base,tuned,hybrid", "hybrid=0.6", "color_fix=wavelet")
@@ -348,3 +364,8 @@ def test_what_cannot_be_restored_is_refused_in_one_line(trained, photos, tmp_pat
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
     assert tree(photos) == before
+
+
+if __name__ == "__main__" and "RANK" in os.environ:
+    dist.init.__defaults__ = (timedelta(seconds=2),)
+    stage_05(sys.argv[1:])
