@@ -111,7 +111,7 @@ class Config:
     weight_overall: float = 1.0         # see above
     guard_weight: float = 1.5           # of the z-scored LR-PSNR; the z-scored judge has 1
     aggregate: str = "advantages"       # each z-scored, then summed; rewards: summed in digits and dB, then z-scored
-    advantage_std: str = "group"        # z-scores are over the std of the group; batch: of the step; none: over 1
+    advantage_std: str = "group"        # z-scores are over the std of the group; batch: of all of a step; none: over 1
     std_floor: float = 1e-3             # digits; groups whose scores spread less are left out of the update
     max_sample_drop: float | None = None    # dB of LR-PSNR below the policy before GRPO (one sample of that input)
                                         # from which a sample gets no positive advantage; null: no such constraint

@@ -57,14 +57,14 @@ def spread(rewards: Tensor) -> Tensor:
 
 
 def scaled(cfg, rewards: Tensor) -> Tensor:
-    """[g, K] centered rewards over what advantage_std says: each group's std, that of the step (all ranks), or 1."""
+    """[g, K] centered rewards over what advantage_std says: each group's std, that of all rewards of the step, or 1."""
     if cfg.advantage_std == "group":
         return grpo.group_advantages(rewards)
     if cfg.advantage_std == "none":
         return grpo.group_advantages(rewards, std=1.0)
-    centered = rewards - rewards.nanmean(1, keepdim=True)
-    squares, count = dist.all_sum(torch.stack([centered.square().nansum(), (~centered.isnan()).sum()])).tolist()
-    return grpo.group_advantages(rewards, std=(squares / max(count, 1)) ** 0.5)
+    everyone = dist.gather_rows(rewards)                                # as Flow-GRPO: not centered, so that what
+    everyone = everyone[~everyone.isnan()]                              # groups differ by counts, too
+    return grpo.group_advantages(rewards, std=float(everyone.std(correction=0)) if len(everyone) else 1.0)
 
 
 def advantages_of(cfg, judged: Tensor, fidelity: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,12 +26,14 @@ NAN, INF = math.nan, math.inf
 # advantages ------------------------------------------------------------------------------------------------
 
 def loops(cfg, judged: list[list[float]], fidelity: list[list[float]]) -> list[list[float]]:
-    """Advantages of finite scores, in plain Python."""
+    """
+    Advantages of finite scores, in plain Python. batch: flow_grpo's per_prompt_stat_tracking with global_std, that is
+    the mean of a prompt's own rewards and np.std of all rewards of the step.
+    """
     def z(groups):
         centered = [[r - sum(row) / len(row) for r in row] for row in groups]
-        pooled = [c for row in centered for c in row]
         stds = {"group": [math.sqrt(sum(c * c for c in row) / len(row)) for row in centered], "none": [1] * len(groups),
-                "batch": [math.sqrt(sum(c * c for c in pooled) / len(pooled))] * len(groups)}[cfg.advantage_std]
+                "batch": [float(np.std([r for row in groups for r in row]))] * len(groups)}[cfg.advantage_std]
         return [[c / s for c in row] for row, s in zip(centered, stds)]
     weight, pairs = cfg.guard_weight, list(zip(judged, fidelity))
     if cfg.aggregate == "rewards":
@@ -45,11 +47,13 @@ def loops(cfg, judged: list[list[float]], fidelity: list[list[float]]) -> list[l
 @pytest.mark.parametrize("std", ["group", "batch", "none"])
 @pytest.mark.parametrize("aggregate", ["advantages", "rewards"])
 def test_aggregation_agrees_with_plain_loops(aggregate, std):
-    cfg = settings(aggregate=aggregate, advantage_std=std, guard_weight=0.7, advantage_clip=1.2)
+    cfg = settings(aggregate=aggregate, advantage_std=std, guard_weight=0.7, advantage_clip=0.6)
     torch.manual_seed(0)
-    judged, fidelity = 5 + torch.randn(3, 6) * torch.tensor([[0.2], [1], [3]]), 30 + 2 * torch.randn(3, 6)
+    judged = torch.tensor([[3.0], [5], [8]]) + torch.randn(3, 6) * torch.tensor([[0.2], [1], [3]])
+    fidelity = torch.tensor([[24.0], [30], [36]]) + 2 * torch.randn(3, 6)
     found, useful, rejected = sr_reward.advantages_of(cfg, judged, fidelity)
-    assert useful.all() and not rejected.any() and (found.abs() == found.new_tensor(1.2)).any()     # the clip acts
+    assert useful.all() and not rejected.any() and (found.abs() == found.new_tensor(0.6)).any()     # the clip acts
+    assert (found.abs() < 0.6).any()
     assert torch.allclose(found, torch.tensor(loops(cfg, judged.tolist(), fidelity.tolist())), atol=1e-4)
 
 
