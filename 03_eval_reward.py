@@ -44,6 +44,7 @@ from common.mllm import AXES, Judge
 from common.reward_report import SCORERS, SHOWN
 from common.reward_stats import accuracies, accuracy_by_gap, compare_readouts, mean_srcc
 from common.sr_folders import BICUBIC, match, named_folders, notes, survey
+from common.sr_images import judged_on
 
 MEASURED = ("lr_shuffled", "lr_gray", "before_grpo", "judge", "psnr", "ssim", "lr_psnr", "sharpness")
 
@@ -233,7 +234,7 @@ def rank_folders(cfg: Config) -> None:
     skipped, methods = skipped + unusable, [*named, *[BICUBIC] * cfg.bicubic]
     if idle := [method for method in named if not any(method in scene.outputs for scene in scenes)]:
         run.fail(f"sr_dirs: nothing of {idle[0]} is left to judge; {skipped[0]['file']}: {skipped[0]['reason']}")
-    made, judge = settings_of(source), mllm.load_judge(trained, device)
+    made, judge = settings_of(source) | judged_on(source), mllm.load_judge(trained, device)
     side = cfg.crop or made["hr_size"]
     dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(skipped)} files left out")
 

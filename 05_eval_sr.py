@@ -14,7 +14,7 @@ Run     python 05_eval_sr.py configs/demo.yaml
 Reads   <run>/01_build_dataset/   the test split       <run>/02_train_reward/   judge/, metrics.jsonl
         <run>/04_train_sr_grpo/   cold_start/ (before), policy/ (after), metrics.jsonl
         <run>/03_eval_reward/     table.md, shown in the report if it is there
-        with lr_dir: your pictures and 04; 01's settings and 02's judge if they are there, for scores
+        with lr_dir: your pictures and 04; 01's groups and 02's judge if they are there, for scores
 Writes  <run>/05_eval_sr/         report.html (open it in a browser)  results.json  table.md  per_image.jsonl
                                   images/ (PNG)  manifest.json
         <run>/05_eval_sr_<name>/ or out=, for your folder: tuned/ (and base/, hybrid/: PNG, sub-folders kept)
@@ -38,7 +38,7 @@ from common import color_fix, data, degrade, dist, guide, iqa, metrics, mllm, ph
 from common import sr_policy, sr_report, sr_reward, sr_statistics, sr_variants
 from common.cohorts import mine
 from common.config import load_config, read_yaml
-from common.sr_images import held_out, load, require_one_size, sheet, to_pixels
+from common.sr_images import held_out, judged_on, load, require_one_size, sheet, to_pixels
 from common.sr_policy import Policy
 from common.sr_report import COMPARED
 from common.sr_variants import Clocked
@@ -279,8 +279,8 @@ def restore_folder(cfg: Config) -> None:
         (folder / "manifest.json").unlink(missing_ok=True)              # there may be new pictures to restore
     policies = sr_variants.load(tuned, cfg.policy, device, hybrid=cfg.hybrid)
     source, judged_by, judge = Path(cfg.run) / "01_build_dataset", Path(cfg.run) / "02_train_reward", None
-    if cfg.judge_crops and (source / "config.yaml").exists() and (judged_by / "manifest.json").exists():
-        judge = mllm.load_judge(judged_by, device), settings_of(source)["hr_size"]
+    if cfg.judge_crops and (source / "groups.jsonl").exists() and (judged_by / "manifest.json").exists():
+        judge = mllm.load_judge(judged_by, device), judged_on(source)["hr_size"]
     dist.print0(f"{len(pictures)} pictures, restored by: {', '.join(cfg.policy)}; "
                 + ("scored by the judge" if judge else "no scores: judge_crops=0, or stage 01 or 02 is missing"))
     clock = time.time()

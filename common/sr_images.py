@@ -36,6 +36,13 @@ def require_one_size(source: Path, groups: list[dict]) -> None:
                          "run=")
 
 
+def judged_on(source: Path) -> dict[str, int]:
+    """hr_size (px) and scale of the images that the judge learned on, as they are: an import ignores the settings."""
+    group = data.load_groups(source, "train")[0]
+    with Image.open(source / group["lr"]) as image:
+        return {"hr_size": image.width * group["scale"], "scale": group["scale"]}
+
+
 def held_out(image: np.ndarray, lr: np.ndarray, hr: np.ndarray) -> tuple[float, float, float]:
     """The proxy label of a restored uint8 image [H, W, 3]: sqrt(consistency x naturalness), and these two; 0 to 1."""
     consistency, naturalness = metrics.proxy_consistency(image, hr, lr), metrics.proxy_naturalness(image, hr)

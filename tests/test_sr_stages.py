@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import config, data, mllm, run, sr_images, sr_reward
+from common import config, data, mllm, restoring, run, sr_detail, sr_images, sr_reward
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage
 from test_sr_policy import tiny_policy
 
@@ -265,25 +265,51 @@ def test_05_again_and_with_two_processes_gives_the_same(evaluated, toy_config, t
             assert ours["headline"][key] == pytest.approx(value, abs=2e-3), key
 
 
-def test_05_compares_on_an_imported_set_and_shows_no_larger_crops(tuned, toy_config, toy_run, tmp_path):
-    """An import knows no folder of photographs that larger crops could come from."""
-    source, target = toy_run / "01_build_dataset", tmp_path / "run"
+@pytest.fixture(scope="module")
+def imported(tuned, toy_config, toy_run, tmp_path_factory) -> Path:
+    """A run folder whose 01 is an import of some of toy_run's images, 32 px large, with 04 finished."""
+    source, folder = toy_run / "01_build_dataset", tmp_path_factory.mktemp("imported")
     names = ["lr", "candidate_a", "candidate_b", "axis", "choice", "annotator", "source", "split", "hr"]
     groups = data.load_groups(source, "test") + data.load_groups(source, "train")[:2]
     rows = [[group["lr"], *(one["path"] for one in group["candidates"][:2]), "overall", "a", "ann", group["source"],
              group["split"], group["hr"]] for group in groups]
-    (tmp_path / "set").mkdir()
+    (folder / "set").mkdir()
     for kind in {Path(name).parts[0] for row in rows for name in (*row[:3], row[-1])}:
-        (tmp_path / "set" / kind).symlink_to(source / kind)
-    with open(tmp_path / "set" / "votes.csv", "w", newline="") as file:
+        (folder / "set" / kind).symlink_to(source / kind)
+    with open(folder / "set" / "votes.csv", "w", newline="") as file:
         csv.writer(file).writerows([names, *rows])
-    finish("01", toy_config, target, f"import_from={tmp_path / 'set' / 'votes.csv'}", "import_format=csv", "hr_dir=null",
-           "val_sources=", "test_sources=", "val_fraction=0", "test_fraction=0")
+    finish("01", toy_config, folder / "run", f"import_from={folder / 'set' / 'votes.csv'}", "import_format=csv",
+           "hr_dir=null", "hr_size=64", "scale=2", "val_sources=", "test_sources=", "val_fraction=0", "test_fraction=0")
     for stem in ("02_train_reward", "04_train_sr_grpo"):
-        (target / stem).symlink_to(tuned / stem)
-    finish("05", toy_config, target)
-    assert run.read_json(target / "05_eval_sr" / "results.json")["images"] == 8
-    assert "Larger crops" not in (target / "05_eval_sr" / "report.html").read_text()
+        (folder / "run" / stem).symlink_to(tuned / stem)
+    return folder / "run"
+
+
+def test_05_compares_on_an_imported_set_and_shows_no_larger_crops(imported, toy_config):
+    """An import knows no folder of photographs that larger crops could come from."""
+    finish("05", toy_config, imported)
+    assert run.read_json(imported / "05_eval_sr" / "results.json")["images"] == 8
+    assert "Larger crops" not in (imported / "05_eval_sr" / "report.html").read_text()
+
+
+def test_the_judge_of_an_import_sees_crops_of_the_size_it_learned_on(imported, toy_config, tmp_path):
+    """In 05 and 03, whatever hr_size says, which an import does not use."""
+    lr, image, _ = make_images(0, 64, 96, count=2)
+    for name, pixels in (("lr", lr), ("sr", image)):
+        (tmp_path / name).mkdir()
+        data.write_png(tmp_path / name / "a.png", pixels)
+    judge = mllm.load_judge(imported / "02_train_reward", torch.device("cpu"))
+    smooth = sr_images.to_pixels(sr_detail.upsample(torch.from_numpy(lr).permute(2, 0, 1)[None] / 255, 4).clamp(0, 1))
+    wanted, other = (restoring.score(judge, side, lr, {"bicubic": smooth[0]}, limit=16)["bicubic"] for side in (32, 64))
+    for number, more in (("05", ()), ("03", (f"sr_dirs={tmp_path / 'sr'}", "example_groups=1"))):
+        stage, out = load_stage(number), tmp_path / number
+        stage.main(config.load_config(stage.Config, stage.__file__, [
+            str(toy_config), f"run={imported}", f"lr_dir={tmp_path / 'lr'}", f"out={out}", *more]))
+    line = json.loads((tmp_path / "05" / "restored.jsonl").read_text())
+    assert line["scores"]["bicubic"] == pytest.approx(wanted, abs=1e-3)
+    assert line["scores"]["bicubic"] != pytest.approx(other, abs=1e-3)
+    notes = " ".join(run.read_json(tmp_path / "03" / "results.json")["notes"])
+    assert "judged in crops of 32 x 32 px" in notes and "in crops of 32 px at scale 4" in notes
 
 
 def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsys):
