@@ -47,7 +47,8 @@ from common.sr_training import trainable, with_reference
 
 PARTS = ("sample", "score", "update", "decode")                         # of a step's time
 AT_LEAST_0 = ("noise_level", "steps", "window_start", "window_every", "warmup_steps", "lora_rank", "clip_low",
-              "clip_high", "kl_weight", "ratio_tolerance", "std_floor", "max_sample_drop", "crop", "patience")
+              "clip_high", "kl_weight", "ratio_tolerance", "std_floor", "fidelity_std_floor", "max_sample_drop",
+              "crop", "patience")
 AT_LEAST_1 = ("denoise_steps", "layers", "cold_start_steps", "cold_start_batch", "inputs_per_step", "samples_per_gpu",
               "updates_per_rollout", "window_width", "window_stride", "lora_alpha", "nft_times", "crops_per_image",
               "eval_every", "eval_inputs", "sheet_inputs", "save_every")
@@ -113,6 +114,7 @@ class Config:
     aggregate: str = "advantages"       # each z-scored, then summed; rewards: summed in digits and dB, then z-scored
     advantage_std: str = "group"        # z-scores are over the std of the group; batch: of all of a step; none: over 1
     std_floor: float = 1e-3             # digits; groups whose scores spread less are left out of the update
+    fidelity_std_floor: float = 0.02    # dB; a group's LR-PSNRs that spread less are z-scored over this
     max_sample_drop: float | None = None    # dB of LR-PSNR below the policy before GRPO (one sample of that input)
                                         # from which a sample gets no positive advantage; null: no such constraint
     crop: int = 0                       # px of SR that the judge sees at once; 0: the whole image

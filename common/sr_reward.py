@@ -56,15 +56,19 @@ def spread(rewards: Tensor) -> Tensor:
     return filled.std(1, correction=0) * (rewards.shape[1] / valid.sum(1)).sqrt()
 
 
-def scaled(cfg, rewards: Tensor) -> Tensor:
-    """[g, K] centered rewards over what advantage_std says: each group's std, that of all rewards of the step, or 1."""
+def scaled(cfg, rewards: Tensor, floor: float = 1e-4) -> Tensor:
+    """
+    [g, K] centered rewards over what advantage_std says, each group's std, that of all rewards of the step, or 1; or
+    over floor if that is larger.
+    """
     if cfg.advantage_std == "group":
-        return grpo.group_advantages(rewards)
+        return grpo.group_advantages(rewards, std_floor=floor)
     if cfg.advantage_std == "none":
-        return grpo.group_advantages(rewards, std=1.0)
+        return grpo.group_advantages(rewards, std=1.0, std_floor=floor)
     everyone = dist.gather_rows(rewards)                                # as Flow-GRPO: not centered, so that what
     everyone = everyone[~everyone.isnan()]                              # groups differ by counts, too
-    return grpo.group_advantages(rewards, std=float(everyone.std(correction=0)) if len(everyone) else 1.0)
+    std = float(everyone.std(correction=0)) if len(everyone) else 1.0
+    return grpo.group_advantages(rewards, std=std, std_floor=floor)
 
 
 def advantages_of(cfg, judged: Tensor, fidelity: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +82,7 @@ def advantages_of(cfg, judged: Tensor, fidelity: Tensor, floor: Tensor | None = 
     judged, fidelity = (torch.where(valid, rewards, torch.nan) for rewards in (judged, fidelity))
     useful = spread(judged) > cfg.std_floor
     if cfg.aggregate == "advantages":
-        total = scaled(cfg, judged) + cfg.guard_weight * scaled(cfg, fidelity)
+        total = scaled(cfg, judged) + cfg.guard_weight * scaled(cfg, fidelity, cfg.fidelity_std_floor)
     else:
         total = scaled(cfg, judged + cfg.guard_weight * fidelity)
     total = total.clamp(-cfg.advantage_clip, cfg.advantage_clip) * useful[:, None]

@@ -67,6 +67,19 @@ def test_a_group_whose_scores_tie_is_masked_and_counted():
     assert row["zero_std_groups"] == 1 and row["bad_rewards"] == 0 and row["rejected_samples"] == 0
 
 
+def test_meaningless_differences_of_lr_psnr_do_not_outvote_the_judge():
+    """The first group's LR-PSNRs spread by 0.0003 dB, the second's by more than the floor."""
+    judged = torch.tensor([[4.0, 5.0, 6.0, 7.0]] * 2)
+    fidelity = torch.tensor([[30.0005, 30.0009, 30.0003, 30.0001], [30.5, 30.9, 30.3, 30.1]])
+    cfg = settings(guard_weight=1.5)
+    found, alone = (sr_reward.advantages_of(one, judged, fidelity)[0] for one in (cfg, replace(cfg, guard_weight=0.0)))
+    gap = [dB - sum(fidelity[0].tolist()) / 4 for dB in fidelity[0].tolist()]
+    assert found[0].tolist() == pytest.approx([a + 1.5 * g / 0.02 for a, g in zip(alone[0].tolist(), gap)], abs=1e-4)
+    assert found[0].argsort().tolist() == [0, 1, 2, 3]
+    assert found[1].tolist() == pytest.approx(loops(cfg, judged[1:].tolist(), fidelity[1:].tolist())[0], abs=1e-4)
+    assert found[1].argsort().tolist() != [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("aggregate", ["advantages", "rewards"])
 @pytest.mark.parametrize("std", ["group", "batch"])
 def test_a_sample_without_a_finite_reward_gets_no_advantage_and_is_counted(aggregate, std):
