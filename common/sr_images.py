@@ -25,15 +25,15 @@ def load(source: Path, groups: list[dict], key: str) -> Tensor:
 
 
 def require_one_size(source: Path, groups: list[dict]) -> None:
-    """Stop unless all LR images have one size, as batches need; only imports can mix sizes."""
+    """Stop unless all LR images have one size and scale, as batches need; only imports can mix them."""
     first = None
     for group in groups:
         with Image.open(source / group["lr"]) as image:         # the header alone
-            first = first or image.size
-            if image.size != first:
-                run.fail(f"{source / group['lr']} is {image.width}x{image.height}, but {groups[0]['lr']} is "
-                         f"{first[0]}x{first[1]}: 04 and 05 need LR images of one size; import each size into its own "
-                         "run=")
+            size = f"{image.width}x{image.height}, scale {group['scale']}"
+        first = first or size
+        if size != first:
+            run.fail(f"{source / group['lr']} is {size}, but {groups[0]['lr']} is {first}: 04 and 05 need LR images of "
+                     "one size and scale; import each into its own run=")
 
 
 def judged_on(source: Path) -> dict[str, int]:

@@ -346,14 +346,15 @@ def test_a_size_of_larger_crops_that_the_policy_cannot_restore_is_refused_first(
     assert f"large_size={size}: should be a multiple of {unit}" in capsys.readouterr().err
 
 
-def test_groups_of_several_sizes_are_named(tmp_path, capsys):
-    for name, side in (("a", 16), ("b", 24)):
+def test_groups_of_several_sizes_or_scales_are_named(tmp_path, capsys):
+    for name, side in (("a", 16), ("b", 24), ("c", 16)):
         Image.new("RGB", (side, 16)).save(tmp_path / f"{name}.png")
-    groups = [{"lr": "a.png"}, {"lr": "b.png"}]
-    sr_images.require_one_size(tmp_path, groups[:1] * 2)
-    with pytest.raises(SystemExit):
-        sr_images.require_one_size(tmp_path, groups)
-    assert "b.png is 24x16, but a.png is 16x16: 04 and 05 need LR images of one size" in capsys.readouterr().err
+    a, b, c = ({"lr": f"{name}.png", "scale": scale} for name, scale in (("a", 4), ("b", 4), ("c", 2)))
+    sr_images.require_one_size(tmp_path, [a] * 2)
+    for other, found in ((b, "b.png is 24x16, scale 4"), (c, "c.png is 16x16, scale 2")):
+        with pytest.raises(SystemExit):
+            sr_images.require_one_size(tmp_path, [a, other])
+        assert f"{found}, but a.png is 16x16, scale 4: 04 and 05 need LR images of one size" in capsys.readouterr().err
 
 
 def test_05_needs_04(toy_config, toy_run, tmp_path):
