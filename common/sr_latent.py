@@ -99,7 +99,7 @@ def point_to(folder: Path, sampler: LatentSampler) -> None:
 
 
 def sampler_of(folder: Path, steps: int | None = None) -> Sampler | LatentSampler:
-    """How the policy in a folder of stage 04, of any kind, denoises; steps: at another T, or a line that says why not."""
+    """How the policy in a folder of stage 04, of any kind, denoises; steps: at another T, or why not."""
     kind = LatentSampler if "policy" in run.read_json(folder / "sampler.json") else Sampler
     sampler = read_sampler(kind, folder)
     if kind is LatentSampler and sampler.model == ".":

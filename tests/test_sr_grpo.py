@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import dist, grpo, grpo_diffusion, sr_grpo, sr_policy
+from common import dist, grpo, grpo_diffusion, run, sr_grpo, sr_policy
 from common.sr_training import trainable
 from test_sr_policy import add_lora, brightness, images, noise, settings, shrink, tiny_policy
 
@@ -55,6 +55,86 @@ def test_the_ratio_of_guard_agrees_with_plain_loops():
         expected = (sum(logp) - sum(old_logp) + sum(shift)) / 8 * s
         assert float(found[b]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert torch.equal(grpo_diffusion.guard_log_ratio(x, old, old, std), torch.zeros(3))      # on-policy: exactly 1
+
+
+def log_density(x: torch.Tensor, mean: torch.Tensor, std: float) -> float:
+    """Mean over the elements of a step, in float64."""
+    pairs = zip(x.double().flatten().tolist(), mean.double().flatten().tolist())
+    found = [-(a - b) ** 2 / (2 * std ** 2) - math.log(std) - 0.5 * math.log(2 * math.pi) for a, b in pairs]
+    return sum(found) / len(found)
+
+
+@torch.no_grad()
+def step_by_step(policy, rollout, b: int, w: int) -> tuple[torch.Tensor, float]:
+    """Mean and std of random step w of sample b, alone."""
+    mean, std = sr_policy.step(policy, rollout.latents[b:b + 1, w], torch.tensor([rollout.start + w]),
+                               rollout.seen[b:b + 1], eta=rollout.eta, sampler=rollout.sampler)
+    return mean[0], float(std)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "guard"])
+def test_learn_agrees_with_plain_loops_at_uneven_steps(algorithm, lr):
+    """Second pass on the same samples, so that ratios are not 1; steps of very different length and noise."""
+    old, now, reference = (tiny_policy(times=[990, 800, 400, 300, 50]) for _ in range(3))
+    for policy, moved in ((now, 0.02), (reference, -0.03)):
+        with torch.no_grad():
+            policy.unet.conv_out.bias.add_(moved)
+    cfg = settings(algorithm=algorithm, window_width=3, window_start=1, kl_weight=0.3, clip_low=1e-4, clip_high=1e-4)
+    rollout = sr_policy.sample(old, lr, noise(4, 3), start=1)
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.25])
+    mean, std = sr_policy.replay(old, rollout)
+    before = sr_policy.log_prob(rollout, mean, std).detach(), mean.detach()
+    _, sums, _ = sr_grpo.learn(now, reference, cfg, rollout=rollout, advantages=advantages, old=before)
+    gains, kls, clipped = [], [], 0
+    for b in range(4):
+        for w in range(3):
+            x, (was, s), (mean, _), (base, _) = rollout.latents[b, w + 1], *(
+                step_by_step(policy, rollout, b, w) for policy in (old, now, reference))
+            log_ratio, weight = log_density(x, mean, s) - log_density(x, was, s), float(advantages[b])
+            if algorithm == "guard":                    # centered, times std; advantages over the step's length
+                log_ratio = (log_ratio + float((mean - was).double().square().mean()) / (2 * s ** 2)) * s
+                begin, end = (float(n / (a + n)) for a, n, *_ in old.levels[rollout.start + w:rollout.start + w + 2])
+                weight /= begin - end
+            ratio = math.exp(log_ratio)
+            bounded = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+            clipped += weight * bounded < weight * ratio
+            gains.append(min(weight * ratio, weight * bounded))
+            kls.append(float((mean - base).double().square().mean()) / (2 * s ** 2))
+    actions = cfg.inputs_per_step * cfg.samples_per_input * 3
+    assert 0 < clipped < 12
+    assert float(sums["loss"]) == pytest.approx(-sum(gains) / actions, rel=1e-4)
+    assert float(sums["ref_kl"]) == pytest.approx(sum(kls) / actions, rel=1e-3)
+
+
+def test_learn_nft_agrees_with_plain_loops(lr):
+    """With a KL, advantages beyond the clip, and one sample without an advantage, which only meets the reference."""
+    now, was, reference = tiny_policy(), tiny_policy(), tiny_policy()
+    for policy, moved in ((was, -0.04), (reference, 0.03)):
+        with torch.no_grad():
+            policy.unet.conv_out.bias.add_(moved)
+    cfg = settings(algorithm="nft", kl_weight=0.3, nft_beta=0.7, nft_times=3, advantage_clip=2.0)
+    rollout, keys = sr_policy.sample(was, lr, noise(4)), [(0, "update", b) for b in range(4)]
+    advantages = torch.tensor([1.0, -5.0, 0.0, 0.5])
+    sums = sr_grpo.learn_nft(now, reference, cfg, rollout=rollout, advantages=advantages, keys=keys,
+                             old=sr_grpo.copied(trainable(was.unet)))
+    loss, kl = 0.0, 0.0
+    for b, key in enumerate(keys):
+        steps = torch.randint(cfg.denoise_steps, (3,), generator=run.generator(*key, "step")).tolist()
+        drawn = torch.randn((3, *rollout.clean.shape[1:]), generator=run.generator(*key))
+        for r, step in enumerate(steps):
+            clean, (a, n) = rollout.clean[b:b + 1], now.levels[step, :2].tolist()
+            x, index, seen = a * clean + n * drawn[r:r + 1], torch.tensor([step]), rollout.seen[b:b + 1]
+            with torch.no_grad():
+                ours, theirs, base = (one.predict(x, index, seen)[0].double() for one in (now, was, reference))
+            goodness = min(max(float(advantages[b]) / 2.0, -1), 1) / 2 + 0.5
+            good, bad = 0.7 * ours + 0.3 * theirs - clean, 1.7 * theirs - 0.7 * ours - clean
+            errors = [float(gap.square().mean() / gap.abs().mean()) for gap in (good, bad)]
+            if advantages[b]:
+                loss += 2.0 * (goodness * errors[0] + (1 - goodness) * errors[1]) / 0.7
+            kl += float(((ours - base) / n).square().mean())            # of the velocity: clean = a x - n v
+    passes = cfg.inputs_per_step * cfg.samples_per_input * 3
+    assert float(sums["loss"]) == pytest.approx(loss / passes, rel=1e-4)
+    assert float(sums["ref_kl"]) == pytest.approx(kl / passes, rel=1e-3)
 
 
 def test_guard_is_centered_where_the_plain_ratio_is_not():

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import metrics, mllm, run, sr_policy, sr_reward
+from common import metrics, mllm, run, sr_latent, sr_policy, sr_reward
 from common.config import load_config
 from common.sr_images import to_pixels
+from common.sr_training import trainable
 from conftest import build_judge, load_stage, run_stage
-from test_sr_policy import images, noise, settings, shrink, tiny_policy
+from test_sr_policy import add_lora, images, noise, settings, shrink, tiny_policy
 
 NAN, INF = math.nan, math.inf
 
@@ -117,6 +118,16 @@ def test_the_floor_is_the_lr_psnr_of_the_policy_before_grpo():
         assert float(floor[i]) == pytest.approx(metrics.lr_psnr(sr, to_pixels(lr)[i], 4) - 0.5, abs=1e-3)
 
 
+def test_the_floor_of_a_tuned_lora_policy_is_still_that_of_its_base():
+    lr, cfg = shrink(images(2, seed=1)), settings(max_sample_drop=0.5)
+    floor = sr_reward.fidelity_floor(tiny_policy(), cfg, lr, ["a", "b"])
+    tuned = add_lora(tiny_policy())
+    with torch.no_grad():
+        for p in trainable(tuned.unet).values():
+            p.add_(0.05)
+    assert torch.equal(sr_reward.fidelity_floor(tuned, cfg, lr, ["a", "b"]), floor)
+
+
 # scores ----------------------------------------------------------------------------------------------------
 
 def test_large_images_are_judged_in_aligned_crops():
@@ -209,6 +220,15 @@ def hackable(judge, cfg, lr, sr):
     return sharpness(sr).view(len(lr), -1), sr_reward.lr_psnrs(lr, sr)
 
 
+def rescored(config: Path, folder: Path) -> float:
+    """val_reward of policy/ as it lies on disk."""
+    stage, source = load_stage("04"), folder / "01_build_dataset"
+    cfg, val = load_config(stage.Config, stage.__file__, [str(config), f"run={folder}"]), stage.paired(source, "val")
+    fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
+    policy = sr_latent.load_policy(folder / "04_train_sr_grpo" / "policy", torch.device("cpu"))
+    return stage.evaluate(policy, None, cfg, source=source, groups=fixed)[0]["val_reward"]
+
+
 HACK = ("guard_weight=0", "lr=0.02", "steps=16", "eval_every=1", "warmup_steps=1", "kl_weight=0", "ema=0.5",
         "std_floor=0")
 
@@ -216,7 +236,8 @@ HACK = ("guard_weight=0", "lr=0.02", "steps=16", "eval_every=1", "warmup_steps=1
 def test_a_policy_that_fools_its_reward_is_stopped_and_rolled_back(toy_config, started, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(load_stage("04"), "score", hackable)
     free = tune(toy_config, started, tmp_path / "free", *HACK, "max_lr_psnr_drop=100", "max_heldout_drop=1")
-    assert free["reward_end"] > free["reward_start"] and free["stopped_at"] is None
+    assert free["reward_end"] > 1.01 * free["reward_start"] and free["stopped_at"] is None
+    assert rescored(toy_config, tmp_path / "free") == pytest.approx(free["reward_end"], rel=1e-3)
     lost = (free["lr_psnr_start"] - free["lr_psnr_end"], free["heldout_start"] - free["heldout_end"])
     print("lost without the guard:", lost, free)
     assert lost[0] > 0.3 or lost[1] > 0, "the reward should be hackable"        # without the guard this is kept
@@ -227,6 +248,7 @@ def test_a_policy_that_fools_its_reward_is_stopped_and_rolled_back(toy_config, s
     assert kept["stop_reason"].startswith("reward ") and " -> " in kept["stop_reason"]
     line, = (text for text in capsys.readouterr().out.splitlines() if text.startswith("stopped after step"))
     assert f"the weights of step {kept['best_step']} are kept" in line
+    assert rescored(toy_config, tmp_path / "kept") == pytest.approx(kept["reward_end"], rel=1e-3)
     assert kept["lr_psnr_end"] >= kept["lr_psnr_start"] - 0.3 and kept["heldout_end"] >= kept["heldout_start"]
     rows = [json.loads(text) for text in (tmp_path / "kept/04_train_sr_grpo/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == kept["stopped_at"] and rows[-1]["val_reward"] > kept["reward_start"]
@@ -260,6 +282,15 @@ def test_a_cold_start_of_another_run_denoises_as_the_settings_say(toy_config, st
         assert stop.value.code == 2
         key = setting.partition("=")[0]
         assert f"cold_start was trained with {key}={before}, the setting is {now}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_nft_needs_no_room_for_random_steps(toy_config, started, tmp_path, steps):
+    results = tune(toy_config, started, tmp_path / "run", "algorithm=nft", f"denoise_steps={steps}", "window_width=3",
+                   "std_floor=0", "steps=2")
+    rows = [json.loads(line) for line in (tmp_path / "run/04_train_sr_grpo/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 and row["bad_rewards"] == 0 for row in rows)
+    assert math.isfinite(results["reward_end"])
 
 
 def test_three_steps_without_a_finite_reward_end_the_run_and_name_the_checkpoint(toy_config, started, tmp_path,
