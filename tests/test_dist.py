@@ -162,7 +162,9 @@ def test_ranks_notice_how_another_one_ends(tmp_path, how, status, says):
 
 
 def test_one_process_needs_no_torchrun():
+    torch.backends.cudnn.allow_tf32 = True                              # torch's default
     assert dist.init().type in ("cpu", "cuda")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32    # float32 is float32
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     tensor = torch.arange(4.0, requires_grad=True)
     for result in (dist.all_sum(tensor), dist.gather_rows(tensor)):
