@@ -74,9 +74,11 @@ def learn(policy: Policy, reference: Policy, cfg, *, rollout: Rollout, advantage
         then, advantages = torch.zeros_like(logp), advantages[:, None] / -share.diff()[:logp.shape[1]]
     loss, stats = grpo.grpo_loss(now, then, advantages, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                                  denominator=actions)
-    with torch.no_grad(), sr_policy.adapter_off(reference):
-        ref_mean, _ = sr_policy.replay(reference, rollout)
-    ref_kl = grpo.gaussian_kl(mean, ref_mean, std).sum() / actions
+    ref_kl = torch.zeros_like(loss)
+    if cfg.kl_weight:                                           # or else the reference is not asked
+        with torch.no_grad(), sr_policy.adapter_off(reference):
+            ref_mean, _ = sr_policy.replay(reference, rollout)
+        ref_kl = grpo.gaussian_kl(mean, ref_mean, std).sum() / actions
     (loss + cfg.kl_weight * ref_kl).backward()
     sums = {key: stats[key] * logp.numel() / actions for key in STATS[2:]}
     error = (logp - rollout.logp).abs().max() if old is None else torch.zeros_like(loss)
@@ -100,16 +102,17 @@ def learn_nft(policy: Policy, reference: Policy, cfg, *, rollout: Rollout, advan
     clean, seen, weight = (each.repeat_interleave(repeats, 0) for each in (rollout.clean, rollout.seen, advantages))
     signal, error = policy.levels[index].T[:2, :, None, None, None]             # factors of clean latent and noise
     x = signal * clean + error * noise
-    with torch.no_grad():
-        with using(policy, old):
-            old_predicted, _ = policy.predict(x, index, seen)
-        with sr_policy.adapter_off(reference):
-            ref_predicted, _ = reference.predict(x, index, seen)
+    with torch.no_grad(), using(policy, old):
+        old_predicted, _ = policy.predict(x, index, seen)
     predicted, _ = policy.predict(x, index, seen)
     goodness = (weight / cfg.advantage_clip).clamp(-1, 1) / 2 + 0.5
     losses = grpo_diffusion.nft_loss(predicted, old_predicted, clean, goodness, beta=cfg.nft_beta)
     loss = cfg.advantage_clip * losses[weight != 0].sum() / passes
-    ref_kl = ((predicted - ref_predicted) / error).square().flatten(1).mean(1).sum() / passes   # of the velocity
+    ref_kl = torch.zeros_like(loss)
+    if cfg.kl_weight:
+        with torch.no_grad(), sr_policy.adapter_off(reference):
+            ref_predicted, _ = reference.predict(x, index, seen)
+        ref_kl = ((predicted - ref_predicted) / error).square().flatten(1).mean(1).sum() / passes   # of the velocity
     (loss + cfg.kl_weight * ref_kl).backward()
     return {"loss": loss.detach(), "ref_kl": ref_kl.detach()}
 
@@ -138,6 +141,8 @@ def update(policy: Policy, reference: Policy, cfg, *, rollouts: list[Rollout], a
             skipped += 1
         optimizer.zero_grad()
     row = dict(zip(names, totals.tolist())) | {"grad_norm": float(norm), "skipped_updates": skipped}
+    if not cfg.kl_weight:
+        del row["ref_kl"]                                       # not measured
     if is_nft:
         return row
     ratio, error = dist.gather_rows(worst[None]).max(0).values.tolist()

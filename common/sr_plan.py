@@ -73,7 +73,8 @@ def show(cfg, policy: Policy, reference: Policy, *, lr: Tensor, scale: int, eval
         f"LR {width} x {height} px, SR {scale * width} x {scale * height} px, "
         f"latent {' x '.join(str(length) for length in (policy.channels, *latent))}",
         f"a step: {cfg.inputs_per_step} LR images x {cfg.samples_per_input} samples = {samples} images; "
-        f"{passes} passes of the UNet to sample, {learned} with gradient to learn, as many of the reference"
+        f"{passes} passes of the UNet to sample, {learned} with gradient to learn"
+        + (", as many of the reference" if cfg.kl_weight else "")
         + (", as many of the policy that samples" if cfg.algorithm == "nft" else ""),
         f"the judge sees {samples * crops} images a step: {crops} of each sample",
         f"the run: {cfg.steps} steps, {cfg.steps * samples:,} samples, {cfg.steps * cfg.updates_per_rollout} updates; "

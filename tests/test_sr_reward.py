@@ -336,7 +336,7 @@ def test_a_plan_says_what_there_is_to_do_and_writes_nothing(toy_config, toy_run,
     for stem in ("01_build_dataset", "02_train_reward"):
         (tmp_path / stem).symlink_to(toy_run / stem)
     stage, before = load_stage("04"), sorted(toy_run.rglob("*"))
-    for extra in ([], ["lora_rank=0"], ["algorithm=nft"], ["gradient_checkpointing=true"]):
+    for extra in ([], ["lora_rank=0"], ["algorithm=nft", "kl_weight=0"], ["gradient_checkpointing=true"]):
         stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", "plan=true", *extra]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["01_build_dataset", "02_train_reward"]
     assert sorted(toy_run.rglob("*")) == before
@@ -344,6 +344,7 @@ def test_a_plan_says_what_there_is_to_do_and_writes_nothing(toy_config, toy_run,
     lora, full, nft, saving = text.split("nothing was written")[:4]
     assert "3 LR images x 3 samples = 9 images" in lora and "36 passes of the UNet to sample, 18 with" in lora
     assert "4 steps, 36 samples, 4 updates; 3 evaluations of 3 images" in lora and "latent 16 x 8 x 8" in lora
+    assert "as many of the reference" in lora and "of the reference" not in nft
     assert "frozen copy" in full and "(all)" in full and "3 copies" in nft
 
     def kept(text: str) -> float:
