@@ -18,7 +18,8 @@ from common import run
 
 PIPELINES = {"ldm": "LDMSuperResolutionPipeline", "upscaler": "StableDiffusionUpscalePipeline",
              "sd3": "StableDiffusion3ControlNetPipeline"}
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]                      # attention, as in DDPO arXiv 2305.13301
+# attention, as in DDPO arXiv 2305.13301; the add_ ones, of the text in the transformer of sd3, as in Flow-GRPO's code
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,8 @@ def test_an_update_moves_trained_weights_only(models, tmp_path, rank):
         assert (row["ref_kl"] > 0) == (step > 0)
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora" in name if rank else name.startswith("unet.") for name in moved)
+    parts = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")   # Flow-GRPO's
+    assert not rank or all(any(f"attn.{part}.lora_B" in name for name in moved) for part in parts)
     assert not any(p.requires_grad for name, p in policy.named_parameters() if not name.startswith("unet."))
 
 
