@@ -68,6 +68,7 @@ class Config:
     model: str = ""                     # of these: hub id or folder of the diffusers pipeline, safetensors only
     controlnet: str = ""                # sd3: hub id or folder of the tile ControlNet, if `model` does not hold one
     noise_level: int = 20               # upscaler: noise added to LR, as a time step of its training
+    prompt: str = ""                    # upscaler, sd3: text that the network is told of every image, without guidance
     # pixel policy ------------------------------------------------------------------------------------------
     channels: list[int] = field(default_factory=lambda: [32, 64])   # of the UNet's levels: multiples of 32
     layers: int = 1                     # residual blocks per level
@@ -143,6 +144,8 @@ class Config:
         assert bool(self.model) == (self.policy != "pixel"), \
             f"model={self.model!r}: policy={self.policy} needs {'none' if self.model else 'one'}"
         assert not self.controlnet or self.policy == "sd3", f"controlnet={self.controlnet}: policy=sd3 alone has one"
+        assert not self.prompt or self.policy in ("upscaler", "sd3"), \
+            f"prompt={self.prompt}: only policy=upscaler and sd3 read one"
         assert self.step_list or self.policy == "sd3" or 1000 % self.denoise_steps == 0, \
             f"denoise_steps={self.denoise_steps} should divide 1000, or give step_list"
         assert len(self.step_list) in (0, self.denoise_steps), \
@@ -258,7 +261,7 @@ def main(cfg: Config) -> None:
                  f"{cfg.window_width} of {cfg.denoise_steps} denoising steps") + f" are trained, by {cfg.algorithm}")
     scale = train[0]["scale"]
     sampler = LatentSampler(cfg.policy, cfg.model, scale, cfg.denoise_steps, cfg.noise_level, times=cfg.step_list,
-                            solver=cfg.solver, controlnet=cfg.controlnet)
+                            solver=cfg.solver, controlnet=cfg.controlnet, prompt=cfg.prompt)
     if cfg.plan:
         policy = sr_cold_start.new_policy(cfg, source, train) if cfg.policy == "pixel" else sr_latent.build(sampler)
         sr_plan.show(cfg, *with_reference(cfg, policy.eval().requires_grad_(False)), lr=load(source, train[:1], "lr"),

@@ -3,8 +3,8 @@ Stable Diffusion 3 with a tile ControlNet as a super-resolution policy, for comm
 
 A flow model: x = (1 - sigma) clean + sigma noise, and the transformer predicts noise - clean. LR is enlarged to the
 size of SR (bicubic, as Pillow does it) and encoded by the autoencoder; the ControlNet turns that into what it adds to
-the transformer's blocks. The empty prompt, no guidance (CFG 1). Noise levels are the pipeline's own, with its shift;
-with eta 0 sampling is what the pipeline does. Only the transformer is trained. All is float32.
+the transformer's blocks. One prompt for all images, no guidance (CFG 1). Noise levels are the pipeline's own, with its
+shift; with eta 0 sampling is what the pipeline does. Only the transformer is trained. All is float32.
 
 Shapes: B samples, C latent channels, h w size of the latent: of SR divided by f (8), H = s * LR's, W size of SR.
 Sources: SD3 arXiv 2403.03206; ControlNet arXiv 2302.05543; the pipeline as in diffusers 0.42.
@@ -35,7 +35,8 @@ class FlowPolicy(nn.Module):
         self.multiple, self.largest = side // math.gcd(side, sampler.scale), side * settings.pos_embed_max_size
         self.unpooled = self.controlnet.config.force_zeros_for_pooled_projection    # InstantX: no pooled text, no shift
         with torch.no_grad():
-            text, _, pooled, _ = pipeline.encode_prompt("", "", "", device="cpu", do_classifier_free_guidance=False)
+            text, _, pooled, _ = pipeline.encode_prompt(*[sampler.prompt] * 3, device="cpu",
+                                                        do_classifier_free_guidance=False)
         sigma = torch.tensor([*sampler.times, 0.0])                     # [T + 1]
         constants = {"levels": samplers.flow(sigma), "text": text, "pooled": pooled,
                      "times": sigma[:-1] * pipeline.scheduler.config.num_train_timesteps}

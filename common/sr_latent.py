@@ -3,7 +3,7 @@ Published latent diffusion models as super-resolution policies, for common/sr_po
 
     ldm         LDMSuperResolutionPipeline, e.g. CompVis/ldm-super-resolution-4x-openimages: the UNet sees LR.
     upscaler    StableDiffusionUpscalePipeline, e.g. stabilityai/stable-diffusion-x4-upscaler: the UNet sees LR with
-                noise of a level that it is told as class label, and a text, here the empty one. No guidance (CFG 1).
+                noise of a level that it is told as class label, and a text, the empty one if not told. No guidance.
 
 Both denoise at the size of LR; a frozen autoencoder enlarges by s. Sampling is on the model's own schedule and time
 steps: with eta 0 it is what the pipeline does with a DDIMScheduler. All weights and arithmetic are float32 (in half
@@ -44,7 +44,8 @@ class LatentPolicy(nn.Module):
         constants = {"times": times, "levels": samplers.variance_preserving(power)}
         if not is_ldm:
             with torch.no_grad():
-                text, _ = pipeline.encode_prompt("", "cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+                text, _ = pipeline.encode_prompt(sampler.prompt, "cpu", num_images_per_prompt=1,
+                                                 do_classifier_free_guidance=False)
             constants |= {"text": text, "lr_signal": pipeline.low_res_scheduler.alphas_cumprod[sampler.noise_level]}
         for name, value in constants.items():
             self.register_buffer(name, value.clone(), persistent=False)

@@ -33,6 +33,7 @@ class LatentSampler:
     times: list[float] = field(default_factory=list)    # [T] falling: training time steps; of sd3 noise levels sigma
     solver: str = "euler"           # of the ODE steps: euler or dpm
     controlnet: str = ""            # sd3: hub id or folder; none: the one in the pipeline's own folder
+    prompt: str = ""                # upscaler, sd3: the text that the network is told
 
 
 # load ----------------------------------------------------------------------------------------------------

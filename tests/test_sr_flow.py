@@ -89,7 +89,7 @@ def lr_images() -> torch.Tensor:
 
 
 def stock(models: dict[str, str], lr: torch.Tensor, first: torch.Tensor,
-          lora: Path | None = None) -> dict[str, torch.Tensor]:
+          lora: Path | None = None, prompt: str = "") -> dict[str, torch.Tensor]:
     """SR of the pipeline, without guidance, one image at a time, and what its ControlNet saw of LR."""
     from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
     parts = {"controlnet": SD3ControlNetModel.from_pretrained(models["controlnet"])} if "controlnet" in models else {}
@@ -103,8 +103,8 @@ def stock(models: dict[str, str], lr: torch.Tensor, first: torch.Tensor,
     images, seen = [], []
     for i, image in enumerate(large):
         torch.manual_seed(i)                            # the pipeline encodes with noise of torch's own generator
-        images.append(pipeline("", control_image=2 * image[None] - 1, height=32, width=32, num_inference_steps=STEPS,
-                               guidance_scale=1.0, latents=first[i:i + 1], output_type="pt").images)
+        images.append(pipeline(prompt, control_image=2 * image[None] - 1, height=32, width=32, guidance_scale=1.0,
+                               num_inference_steps=STEPS, latents=first[i:i + 1], output_type="pt").images)
         torch.manual_seed(i)
         latent = pipeline.vae.encode(2 * image[None] - 1).latent_dist.sample()
         shift = 0 if pipeline.controlnet.config.force_zeros_for_pooled_projection else 0.0609
@@ -134,6 +134,16 @@ def test_restore_is_the_pipeline_of_diffusers(models, tmp_path, pooled, t5, shar
     with torch.no_grad():                               # the ControlNet matters
         blank = sr_policy.restore(policy, torch.zeros_like(expected["seen"]), noise()[:, 0])
     assert (blank - found).abs().max() > 1e-3
+
+
+def test_a_prompt_is_told_and_kept(models, tmp_path):
+    expected = stock(models, lr_images(), noise()[:, 0], prompt="a b c")
+    policy = load(models, tmp_path / "before", prompt="a b c")
+    assert torch.allclose(sr_policy.restore(policy, expected["seen"], noise()[:, 0]), expected["sr"], atol=1e-4)
+    empty = load(models, tmp_path / "empty")
+    assert (sr_policy.restore(empty, expected["seen"], noise()[:, 0]) - expected["sr"]).abs().max() > 1e-3
+    sr_policy.save_policy(policy, tmp_path / "policy")                  # 05 loads it so
+    assert torch.equal(sr_latent.load_policy(tmp_path / "policy", CPU).text, policy.text)
 
 
 def test_what_the_policy_sees_of_lr(policy, models, capsys):

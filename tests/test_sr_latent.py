@@ -193,6 +193,10 @@ def test_text_and_noise_level_are_told(models, tmp_path):
     other = load("upscaler", models["upscaler"], tmp_path / "other", noise_level=200)
     assert not torch.allclose(other.output(first, policy.times[:1].repeat(3), seen), before, atol=1e-3)
     assert (other.observe(pictures(), keys()) - seen).std() > 0.05
+    told = load("upscaler", models["upscaler"], tmp_path / "told", prompt="a b")
+    expected, _ = sr_pipelines.load_pipeline(policy.sampler).encode_prompt("a b", "cpu", 1, False)
+    assert torch.equal(told.text, expected) and not torch.equal(told.text, policy.text)
+    assert run.read_json(tmp_path / "told" / "sampler.json")["prompt"] == "a b"
     policy.text += 1
     assert not torch.allclose(policy.output(first, policy.times[:1].repeat(3), seen), before, atol=1e-4)
 
@@ -373,7 +377,8 @@ def test_04_and_05_tune_and_compare_a_published_model(kind, models, toy_config, 
 
 @pytest.mark.parametrize("settings, message", [
     (["policy=ldm"], "needs one"), (["model=a/b"], "needs none"), (["policy=x"], "should be pixel, ldm, upscaler, sd3"),
-    (["controlnet=a/b"], "policy=sd3 alone"), (["step_list=999,500"], "step_list has 2 steps, denoise_steps=4"),
+    (["controlnet=a/b"], "policy=sd3 alone"), (["prompt=a"], "only policy=upscaler and sd3"),
+    (["step_list=999,500"], "step_list has 2 steps, denoise_steps=4"),
     (["step_list=900,950,500,1"], "should fall, of whole 0..999"), (["sampler=cps", "eta=1.5"], "at most 1 for ddim"),
     (["sampler=x"], "should be ddim, sde, cps"), (["solver=x"], "should be euler or dpm"),
     (["denoise_steps=0"], "denoise_steps=0: should be at least 1"), (["eval_every=0"], "eval_every=0: should be at"),
