@@ -17,8 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import run, samplers, sr_policy
+from common import dist, run, samplers, sr_policy
 from common.sr_pipelines import LatentSampler, load_pipeline
+
+
+@torch.no_grad()
+def encode_prompt(pipeline, prompt: str) -> tuple[Tensor, Tensor]:
+    """Tokens [1, L, D] and their summary [1, P], for every rank, by the main one: it alone has the text encoders."""
+    text = pooled = torch.zeros(0)
+    if dist.is_main():
+        text, _, pooled, _ = pipeline.encode_prompt(*[prompt] * 3, device="cpu", do_classifier_free_guidance=False)
+    text, pooled = (dist.gather_rows(part.flatten()) for part in (text, pooled))        # other ranks have no rows
+    return text.view(1, -1, pipeline.transformer.config.joint_attention_dim), pooled[None]
 
 
 class FlowPolicy(nn.Module):
@@ -34,9 +44,7 @@ class FlowPolicy(nn.Module):
         side = self.enlarges * settings.patch_size                      # px of SR that a token covers
         self.multiple, self.largest = side // math.gcd(side, sampler.scale), side * settings.pos_embed_max_size
         self.unpooled = self.controlnet.config.force_zeros_for_pooled_projection    # InstantX: no pooled text, no shift
-        with torch.no_grad():
-            text, _, pooled, _ = pipeline.encode_prompt(*[sampler.prompt] * 3, device="cpu",
-                                                        do_classifier_free_guidance=False)
+        text, pooled = encode_prompt(pipeline, sampler.prompt)
         sigma = torch.tensor([*sampler.times, 0.0])                     # [T + 1]
         constants = {"levels": samplers.flow(sigma), "text": text, "pooled": pooled,
                      "times": sigma[:-1] * pipeline.scheduler.config.num_train_timesteps}

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from common import run
+from common import dist, run
 
 PIPELINES = {"ldm": "LDMSuperResolutionPipeline", "upscaler": "StableDiffusionUpscalePipeline",
              "sd3": "StableDiffusion3ControlNetPipeline"}
@@ -84,14 +84,18 @@ def has_part(model: str, name: str) -> bool:
 
 
 def load_pipeline(sampler: LatentSampler):
-    """The diffusers pipeline sampler.model, float32 on the CPU, or one line that says why it cannot be a policy."""
+    """
+    The diffusers pipeline sampler.model, float32 on the CPU, or one line that says why it cannot be a policy. Of sd3
+    the main rank alone holds the text encoders, as each rank's 20 GB of T5 would add up in the memory of a machine.
+    """
     from diffusers import DiffusionPipeline, SD3ControlNetModel, StableDiffusion3ControlNetPipeline  # slow to import
     model, kind, is_flow = sampler.model, PIPELINES[sampler.policy], sampler.policy == "sd3"
     settings = {"use_safetensors": True, "dtype": torch.float32}
     parts = {"controlnet": from_pretrained(SD3ControlNetModel, sampler.controlnet, "controlnet", settings)} \
         if sampler.controlnet else {}
-    if is_flow:                                                             # T5 may be missing
-        parts |= {name: None for name in ("text_encoder_3", "tokenizer_3") if not has_part(model, name)}
+    if is_flow:
+        texts = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+        parts |= {name: None for name in texts if not dist.is_main() or not has_part(model, name)}  # T5 may be missing
     pipeline = from_pretrained(StableDiffusion3ControlNetPipeline if is_flow else DiffusionPipeline, model, "model",
                                settings | parts)
     if type(pipeline).__name__ != kind:

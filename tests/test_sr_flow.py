@@ -4,6 +4,9 @@ Stable Diffusion 3 with a ControlNet as policy: small random models of diffusers
 Run     python -m pytest tests/test_sr_flow.py        # 1 min, of which stages 01 and 02 take half
 """
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from common import run, samplers, sr_latent, sr_policy, sr_tiles
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
+from common import dist, run, samplers, sr_latent, sr_pipelines, sr_policy, sr_tiles
 from common.sr_flow import FlowPolicy
 from common.sr_images import to_pixels
 from common.sr_pipelines import LatentSampler
@@ -217,6 +221,25 @@ def test_batch_and_neighbors_change_nothing(policy):
     assert (together.logp - torch.cat([one.logp for one in alone])).abs().max() < 1e-5
 
 
+def check_that_the_main_rank_encodes_for_all(models: dict[str, str], folder: Path) -> None:
+    """Runs on both ranks."""
+    policy = load(models, folder, prompt="a b")
+    pipeline = sr_pipelines.load_pipeline(policy.sampler)
+    assert all((part is None) == (dist.rank() > 0) for part in (
+        pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3, pipeline.tokenizer_3))
+    if dist.is_main():
+        text, _, pooled, _ = pipeline.encode_prompt("a b", None, None, do_classifier_free_guidance=False)
+        for found, wanted in ((policy.text, text), (policy.pooled, pooled)):
+            assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
+    dist.assert_same_weights(policy.named_buffers())
+
+
+def test_two_processes_hold_the_text_encoders_once(models, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           __file__, json.dumps(models), str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 # GRPO ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -311,3 +334,9 @@ def test_any_size_is_restored_in_tiles_that_the_autoencoder_reads_one_by_one(pol
     large = np.tile(lr, (5, 7, 1))[:37, :50]                            # over pos_embed_max_size, if at once
     images = sr_tiles.restore(policy, large, key, tile=16, overlap=8, batch=4)
     assert images.shape == (1, 3, 148, 200) and images.std() > 0.01
+
+
+if __name__ == "__main__" and "RANK" in os.environ:
+    dist.init()
+    check_that_the_main_rank_encodes_for_all(json.loads(sys.argv[1]), Path(sys.argv[2]) / "before")
+    dist.finish()
