@@ -229,8 +229,8 @@ def photographs(cfg: Config, made_with: dict, policy: Policy) -> dict[str, Path]
         return {}
     unit, side = scale * policy.multiple, cfg.large_size // scale
     if cfg.large_size % unit:
-        run.fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, as scale={scale} and the network halves "
-                 f"the sides of LR until {policy.multiple} px are one; or large_crops=0")
+        run.fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, scale={scale} times {policy.multiple}, "
+                 "of which sides of LR are multiples for this policy; or set large_crops=0")
     policy.observe(torch.zeros(1, 3, side, side, device=policy.times.device), [(cfg.seed,)])    # may be too large
     return dict(photos.find(hr_dir, "hr_dir"))
 
