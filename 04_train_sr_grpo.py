@@ -91,6 +91,7 @@ class Config:
     window_width: int = 3               # W, the random steps: only they are trained
     window_every: int = 0               # GRPO steps after which the window moves on to cleaner steps; 0: it stays
     window_stride: int = 1              # denoising steps by which it then moves; it stops before the last one
+    window_random: bool = False         # instead, each GRPO step draws the first random step, from window_start on
     sampler: str = "ddim"               # of the random steps: ddim, sde (Flow-GRPO's), cps (coefficients-preserving)
     eta: float = 1.0                    # their noise, see common/samplers.py; ddim at 1: as the forward process
     lr: float = 2e-3                    # AdamW
@@ -164,6 +165,7 @@ class Config:
         for key, values in (("algorithm", ALGORITHMS), ("aggregate", ("advantages", "rewards")),
                             ("advantage_std", ("group", "batch", "none"))):
             assert vars(self)[key] in values, f"{key}={vars(self)[key]}: should be one of {', '.join(values)}"
+        assert not (self.window_random and self.window_every), "give window_every or window_random, not both"
         last = self.denoise_steps - 1
         assert self.algorithm == "nft" or self.window_start + self.window_width <= last, \
             f"window_start + window_width should be in 1..{last}: the last denoising step adds no noise"
@@ -183,6 +185,8 @@ def roll_out(policy: Policy, cfg: Config, lr: Tensor, *, ids: list[str], step: i
     noise = torch.cat([first, sr_policy.draw_noise(own, (width, *shape), lr.device)], 1)
     start = 0 if is_nft else window_start(step, cfg.window_start, width=width, steps=cfg.denoise_steps,
                                           every=cfg.window_every, stride=cfg.window_stride)
+    if cfg.window_random and not is_nft:                                # one for all; Flow-GRPO-Fast: for each sample
+        start = int(run.np_rng(cfg.seed, "window", step).integers(cfg.window_start, cfg.denoise_steps - width))
     return [sr_policy.sample(policy, seen[rows], noise[rows], start=start, eta=cfg.eta, sampler=cfg.sampler)
             for rows in torch.arange(len(seen)).split(cfg.samples_per_gpu)]
 

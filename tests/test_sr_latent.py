@@ -378,6 +378,7 @@ def test_04_and_05_tune_and_compare_a_published_model(kind, models, toy_config, 
 @pytest.mark.parametrize("settings, message", [
     (["policy=ldm"], "needs one"), (["model=a/b"], "needs none"), (["policy=x"], "should be pixel, ldm, upscaler, sd3"),
     (["controlnet=a/b"], "policy=sd3 alone"), (["prompt=a"], "only policy=upscaler and sd3"),
+    (["window_random=true", "window_every=2"], "window_every or window_random"),
     (["step_list=999,500"], "step_list has 2 steps, denoise_steps=4"),
     (["step_list=900,950,500,1"], "should fall, of whole 0..999"), (["sampler=cps", "eta=1.5"], "at most 1 for ddim"),
     (["sampler=x"], "should be ddim, sde, cps"), (["solver=x"], "should be euler or dpm"),

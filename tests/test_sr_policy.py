@@ -288,6 +288,13 @@ def test_first_noise_and_window_of_a_group(policy, lr):
         rollouts = stage.roll_out(policy, cfg, lr, ids=ids, step=step)
         assert {rollout.start for rollout in rollouts} == {start}
         assert {rollout.sampler for rollout in rollouts} == {"sde"}
+    starts = []
+    for step in range(12):
+        drawn, again = (stage.roll_out(policy, settings(window_random=True, window_start=1), lr[:2], ids=own, step=step)
+                        for own in (["a", "b"], ["c", "d"]))
+        assert {rollout.start for rollout in (*drawn, *again)} == {drawn[0].start}      # alike on every rank
+        starts.append(drawn[0].start)
+    assert set(starts) == {1, 2} and starts != sorted(starts)
     firsts = []
     for shared in (True, False):
         cfg = settings(shared_noise=shared)
