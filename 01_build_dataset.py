@@ -315,7 +315,7 @@ def prepare(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> tupl
         plan = plan_groups(cfg, pictures, near)
     except SystemExit:
         if not begun_before:                              # or corrected settings would be refused as others
-            shutil.rmtree(folder)
+            run.discard(folder)
         raise
     if begun_before and run.read_json(progress / "plan.json") != plan:
         run.fail(f"the pictures changed since {folder} was begun: use another run= or delete the folder")

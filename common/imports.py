@@ -4,7 +4,6 @@
 Readers (import_tables.py, import_folders.py, hf_folder.py) say what is there; here it is checked, split by source,
 copied (or converted to PNG without change of a pixel) and hashed.
 """
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,23 +35,25 @@ def parse_roles(entries: list[str], kind: str) -> dict[str, str]:
 def build(cfg, folder: Path, pool: ProcessPoolExecutor | None) -> tuple[list[dict], list[dict]]:
     """
     The lines of groups.jsonl and the sources that look alike. Pictures lie in `folder`, which is removed again if the
-    set is not sound.
+    set is not sound; once copying has begun, what was copied is kept.
     """
     plan_file = folder / "progress" / "plan.json"
+    begun_before = plan_file.exists()
     try:
         groups = read(cfg)
         near = duplicates.near_pairs([{"source": group["source"], "hash": lr_hash(group)} for group in groups])
         plan = plan_groups(cfg, groups, near)
-        if plan_file.exists() and run.read_json(plan_file) != plan:
-            run.fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
-        run.write_json(plan_file, plan)
-        print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}")
-        base = Path(cfg.import_from)
-        copy = partial(copy_group, str(folder), str(base if base.is_dir() else base.parent))
-        done = run_jobs(pool, copy, plan, log=folder / "progress" / "import.jsonl")
     except SystemExit:
-        shutil.rmtree(folder)
+        if not begun_before:
+            run.discard(folder)
         raise
+    if begun_before and run.read_json(plan_file) != plan:
+        run.fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
+    run.write_json(plan_file, plan)
+    print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}")
+    base = Path(cfg.import_from)
+    copy = partial(copy_group, str(folder), str(base if base.is_dir() else base.parent))
+    done = run_jobs(pool, copy, plan, log=folder / "progress" / "import.jsonl")
     return [done[group["id"]] for group in plan], near
 
 

@@ -16,6 +16,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,17 @@ def open_stage(cfg, script: str, folder: Path | None = None, *, free: tuple[str,
         print_start(folder, Path(script).stem)
     dist.barrier()
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Take back a folder that was begun with settings or input that cannot be used, but for what people said there."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "judgements.jsonl":
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def lock(folder: Path) -> None:

@@ -201,6 +201,19 @@ def test_wrong_settings_get_one_line(stage, tmp_path, override, words):
     assert not (tmp_path / "run" / "01_build_dataset").exists(), "a corrected setting must be accepted"
 
 
+def test_a_typo_does_not_delete_what_people_judged(stage, tmp_path):
+    """judgements.jsonl may be put back before a set is built again; it is the only copy of people's work."""
+    folder = tmp_path / "run" / "01_build_dataset"
+    folder.mkdir(parents=True)
+    (folder / "judgements.jsonl").write_text("hours of work\n")
+    for override in ("hr_dir=/mnt/not_mounted", "val_sources=rokcet"):
+        assert stage(write_config(tmp_path), override).returncode == 2
+        assert [path.name for path in folder.iterdir()] == ["judgements.jsonl"]
+    done = stage(write_config(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "judgements.jsonl").read_text() == "hours of work\n"
+
+
 def test_folder_source_in_two_passes(stage, tmp_path):
     """Outputs of another SR program: asked for, checked, then used; what was made before is kept."""
     outputs = tmp_path / "mynet"

@@ -214,11 +214,11 @@ def test_malformed_votes(build, pictures, rows, words):
     refused(build(import_from=pictures / "votes.csv", import_format="csv"), words)
 
 
-def refused(outcome, words):
+def refused(outcome, words, kept=False):
     folder, code, out, err = outcome
     errors = [line for line in err.splitlines() if "error:" in line]
     assert code == 2 and len(errors) == 1 and words in errors[0], err
-    assert not folder.exists(), "a corrected set must be accepted"
+    assert folder.exists() == kept, "a corrected set must be accepted"
 
 
 @pytest.mark.parametrize("rows, words", [
@@ -227,7 +227,6 @@ def refused(outcome, words):
     (edit(mos_rows(), 1, 1, "m0/000.png"), "line 3: m0/000.png is rated twice"),
     (edit(mos_rows(), 1, 4, ""), "line 3: consistency should be a finite number"),
     (mos_rows()[:-1], "3 candidate(s), but"),
-    (edit(mos_rows(), 1, 1, "lr/000.png"), "expected all candidates (and HR) to have one size"),
 ])
 def test_malformed_mos(build, pictures, rows, words):
     write_csv(pictures / "mos.csv", MOS_HEAD, rows)
@@ -241,9 +240,38 @@ def test_malformed_splits_and_pictures(build, pictures):
     rows = [row + ["train" if n < 4 else "test", "one photo"] for n, row in enumerate(mos_rows())]
     write_csv(pictures / "mos.csv", MOS_HEAD + ["split", "source"], rows)
     refused(build(import_from=pictures / "mos.csv", import_format="mos"), "must lie in one split only")
-    (pictures / "m2" / "004.png").write_bytes((pictures / "m2" / "004.png").read_bytes()[:200])
     write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows())
+    (pictures / "lr" / "004.png").write_bytes(b"")
     refused(build(import_from=pictures / "mos.csv", import_format="mos"), "004.png cannot be read")
+
+
+def test_a_bad_candidate_leaves_what_was_copied_and_a_changed_set_is_refused(build, pictures):
+    settings = {"import_from": write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows()), "import_format": "mos"}
+    bad = pictures / "m2" / "007.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])
+    refused(build(**settings), "007.png cannot be read", kept=True)
+    data.write_png(bad, picture(3, 24))
+    refused(build(**settings), "expected all candidates (and HR) to have one size", kept=True)
+    write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows()[:-4])
+    refused(build(**settings), "changed since", kept=True)
+    (pictures / "mos.csv").rename(pictures / "away.csv")
+    refused(build(**settings), "is not a file", kept=True)
+    write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows())
+    bad.write_bytes(whole)
+    copied = {path: path.stat().st_mtime_ns for path in (pictures.parent / "run").rglob("lr/*.png")}
+    folder, code, _, err = build(**settings)
+    assert code == 0, err
+    assert len(copied) > 4 and len(groups_of(folder)) == 8
+    assert sum(path.stat().st_mtime_ns != time for path, time in copied.items()) <= 1, "only the repaired group"
+
+
+def test_a_typo_does_not_delete_what_people_judged(build, pictures, tmp_path):
+    folder = tmp_path / "run" / "01_build_dataset"
+    folder.mkdir(parents=True)
+    (folder / "judgements.jsonl").write_text("hours of work\n")
+    assert build(import_from="/nope.csv", import_format="csv")[1] == 2
+    assert [path.name for path in folder.iterdir()] == ["judgements.jsonl"]
 
 
 @pytest.mark.parametrize("change, words", [
