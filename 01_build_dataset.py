@@ -36,7 +36,7 @@ from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, 
 from common.config import load_config
 from common.contact_sheet import contact_sheet, rows_of
 from common.data import AXES, SPLITS, read_image, write_png
-from common.jobs import run_jobs, start_pool, write_lines
+from common.jobs import run_jobs, stamp, start_pool, write_lines
 
 CROP_TRIES = 20
 AT_ONCE = 32                    # crops of one picture in a job: enough to read it seldom, few enough for many cores
@@ -130,9 +130,9 @@ class Config:
 # data: photographs, crops, LR images ---------------------------------------------------------------------
 
 def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
-    """[{source, path, area, hash}] of what can be used; the others go to skipped.jsonl (or stop a strict run)."""
+    """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl (or stop a strict run)."""
     found = photos.find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
-    jobs = [{"id": str(path), "path": str(path)} for _, path in found]
+    jobs = [{"id": str(path), "path": str(path), "key": stamp([str(path)])} for _, path in found]
     survey = partial(photos.survey, crop_size(cfg), cfg.min_detail)
     facts = run_jobs(pool, survey, jobs, log=folder / "progress" / "survey.jsonl")
     usable, skipped, seen = [], [], {}
@@ -144,7 +144,7 @@ def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None)
             skipped.append({"path": str(path), "reason": fact["reason"]})
             continue
         seen[fact["sha256"]] = str(path)
-        usable.append({"source": source, "path": str(path), "area": fact["area"], "hash": fact["hash"]})
+        usable.append({"source": source, "path": str(path)} | fact)
     if skipped and cfg.strict:
         run.fail(f"{skipped[0]['path']}: {skipped[0]['reason']}: repair or remove it, or set strict=false")
     write_lines(folder / "skipped.jsonl", skipped)
@@ -157,7 +157,7 @@ def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None)
 
 def plan_groups(cfg: Config, pictures: list[dict], near: list[dict]) -> list[dict]:
     """
-    One {id, split, source, path, foreign} per LR image; foreign: id of a group to take content from.
+    One {id, split, source, path, sha256, foreign} per LR image; foreign: id of a group to take content from.
 
     near: sources that look alike, such as photographs of one burst; they are put into one split.
     """
@@ -171,7 +171,7 @@ def plan_groups(cfg: Config, pictures: list[dict], near: list[dict]) -> list[dic
     for split in SPLITS:
         own = [picture for picture in pictures if splits[picture["source"]] == split]
         given = photos.shares(own, counts[split], cfg.max_source_share)
-        members = [{"id": "", "split": split, "source": picture["source"], "path": picture["path"]}
+        members = [{"id": "", "split": split} | {key: picture[key] for key in ("source", "path", "sha256")}
                    for picture, count in zip(own, given) for _ in range(count)]
         for number, group in enumerate(members):
             group["id"] = f"{split}_{number:05d}"
@@ -368,8 +368,8 @@ def main(cfg: Config) -> None:
         dist.barrier()
     if dist.is_main() and not cfg.import_from:
         outputs = sources.external_files(cfg, folder, names)
-        place = {"folder": str(folder)}
-        jobs = [group | drawn[group["id"]] | {"external": outputs[group["id"]]} | place for group in plan]
+        jobs = [group | drawn[group["id"]] | {"external": own, "key": stamp(own.values()), "folder": str(folder)}
+                for group, own in zip(plan, outputs.values())]
         per_group = len(sources.expand(cfg.candidates))
         build = partial(run_jobs, pool, partial(build_group, cfg), log=progress / "groups.jsonl", unit="candidates")
         early = build(rows_of(jobs))                      # a picture to look at while the rest is made

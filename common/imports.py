@@ -14,7 +14,7 @@ from common.files import plain
 from common.hf_folder import paths_of, read_hf
 from common.import_folders import read_refsr, read_sriqa
 from common.import_tables import read_csv, read_mos
-from common.jobs import run_jobs
+from common.jobs import run_jobs, stamp
 
 READERS = {"refsr": read_refsr, "sriqa": read_sriqa, "csv": read_csv, "mos": read_mos, "hf": read_hf}
 ROLES = {"refsr": None, "sriqa": ("lr", "hr", "candidate", "mos"), "csv": (), "mos": (), "hf": ()}     # None: any
@@ -53,7 +53,8 @@ def build(cfg, folder: Path, pool: ProcessPoolExecutor | None) -> tuple[list[dic
     print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}")
     base = Path(cfg.import_from)
     copy = partial(copy_group, str(folder), str(base if base.is_dir() else base.parent))
-    done = run_jobs(pool, copy, plan, log=folder / "progress" / "import.jsonl")
+    jobs = [group | {"key": stamp(files_of(group))} for group in plan]
+    done = run_jobs(pool, copy, jobs, log=folder / "progress" / "import.jsonl")
     return [done[group["id"]] for group in plan], near
 
 
@@ -111,10 +112,15 @@ def plan_groups(cfg, groups: list[dict], near: list[dict]) -> list[dict]:
     return plan
 
 
+def files_of(group: dict) -> list[str]:
+    """LR, HR if there is one, candidates: where they come from."""
+    return [group["lr"], *([group["hr"]] if group["hr"] else []), *(one["file"] for one in group["candidates"])]
+
+
 def copy_group(folder: str, base: str, job: dict) -> dict:
     """Copy the pictures of one group; returns its line of groups.jsonl, with their old names relative to `base`."""
     root, name, record = Path(folder), job["id"], job.get("record")
-    files = [job["lr"], *([job["hr"]] if job["hr"] else []), *(c["file"] for c in job["candidates"])]
+    files = files_of(job)
     if record:
         paths = paths_of(record)
     else:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -34,26 +34,34 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
              log: Path, unit: str = "", size: Callable[[dict], int] | None = None) -> dict[str, dict]:
     """
     {job["id"]: function(job)} for every job; results are JSON and are appended to `log` as they come. The
-    function must depend on the job alone; it may stop the run with run.fail, and what was finished is kept.
-    size: how many of `unit` a job makes; then their number per second is printed.
+    function must depend on the job alone, and on files whose `stamp` is job["key"]; it may stop the run with run.fail,
+    and what was finished is kept. size: how many of `unit` a job makes; then their number per second is printed.
     """
-    done = {}
+    keys, kept, done = {job["id"]: job.get("key") for job in jobs}, [], {}
     for line in log.read_bytes().splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):      # half a line of a killed run: done again
             record = json.loads(line)
-            done[record["id"]] = record["result"]
-    write_lines(log, [{"id": key, "result": value} for key, value in done.items()])
+            if record["key"] == keys.get(record["id"], record["key"]):  # those of other jobs stay
+                done[record["id"]] = record["result"]
+                kept.append(record)
+    write_lines(log, kept)
     begun, left = time.time(), [job for job in jobs if job["id"] not in done]
     with open(log, "a", encoding="utf-8") as file, \
             tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=log.stem, mininterval=1) as bar:
         for name, result in guide.announce(completed(pool, function, left), len(left), log.stem):
-            file.write(json.dumps({"id": name, "result": result}) + "\n")
+            file.write(json.dumps({"id": name, "key": keys[name], "result": result}) + "\n")
             file.flush()
             done[name] = result
             bar.update()
     if left and size:
         print(f"{sum(map(size, left)) / (time.time() - begun):.0f} {unit} per second")
     return done
+
+
+def stamp(paths: Iterable[str]) -> list:
+    """[path, bytes, ns of the last change] of files: another one once a file was written again."""
+    facts = [(path, os.stat(path) if os.path.exists(path) else None) for path in paths]   # perhaps a broken link
+    return [[path, own and own.st_size, own and own.st_mtime_ns] for path, own in facts]
 
 
 def completed(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],

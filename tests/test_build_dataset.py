@@ -228,15 +228,34 @@ def test_folder_source_in_two_passes(stage, tmp_path):
     Image.new("RGB", (31, 32)).save(outputs / "train_00002.jpg")
     second = stage(config)
     assert second.returncode == 2 and "train_00002.jpg is 31x32, expected 32x32" in second.stderr
-    Image.open(folder / "lr" / "train_00002.png").resize((32, 32)).save(outputs / "train_00002.jpg")
+    for path in (folder / "lr").glob("*.png"):                              # a better one: nothing of the first is left
+        Image.open(path).resize((32, 32), Image.LANCZOS).save(outputs / f"{path.stem}.jpg", quality=90)
     third = stage(config)
     assert third.returncode == 0, third.stderr
     assert (folder / "lr" / "train_00000.png").stat().st_mtime_ns == before
-    group = data.load_groups(folder, "train")[0]
-    index = [candidate["method"] for candidate in group["candidates"]].index("mynet")
-    image = data.group_images(folder, group)[1][index]
-    assert np.array_equal(image, data.read_image(outputs / f"{group['id']}.jpg"))
-    assert group["labels"]["naturalness"]["scores"][index] < 1
+    for group in data.all_groups(folder):
+        index = [candidate["method"] for candidate in group["candidates"]].index("mynet")
+        lr, images, hr = data.group_images(folder, group)
+        assert np.array_equal(images[index], data.read_image(outputs / f"{group['id']}.jpg"))
+        assert group["labels"]["naturalness"]["scores"][index] < 1
+        score = metrics.proxy_consistency(images[index], hr, lr)
+        assert abs(score - group["labels"]["consistency"]["scores"][index]) < 1e-4
+
+
+def test_a_photograph_that_changed_during_a_build_is_named(stage, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(4):
+        data.write_png(pictures / f"{index}.png", textured(index))
+    config = write_config(tmp_path, hr_dir=str(pictures), val_sources=[], test_sources=[],
+                          candidates=["hr", f"folder:mynet={tmp_path / 'none'}"])
+    assert "lacks 8 of 8" in stage(config).stderr
+    (pictures / "0.png").touch()
+    assert "lacks 8 of 8" in stage(config).stderr, "the same pixels"
+    for index in range(4):
+        data.write_png(pictures / f"{index}.png", textured(index + 10))
+    changed = stage(config)
+    assert changed.returncode == 2 and "the pictures changed since" in changed.stderr
 
 
 def test_lr_only_pictures_have_no_labels(stage, tmp_path):
@@ -329,9 +348,16 @@ def square(job):
 
 def test_jobs_do_only_the_rest(tmp_path):
     log, work = tmp_path / "log.jsonl", [{"id": str(x), "x": x} for x in range(5)]
-    log.write_text('{"id": "1", "result": {"value": 99}}\n{"id": "2", "resu')
-    done = jobs.run_jobs(None, square, work, log=log)
+    log.write_text('{"id": "1", "key": null, "result": {"value": 99}}\n{"id": "2", "resu')
+    done = jobs.run_jobs(None, square, work[:3], log=log)
+    assert {name: result["value"] for name, result in done.items()} == {"0": 0, "1": 99, "2": 4}
+    done = jobs.run_jobs(None, square, work[3:], log=log)
     assert {name: result["value"] for name, result in done.items()} == {"0": 0, "1": 99, "2": 4, "3": 9, "4": 16}
+    again = [job | {"key": [["a.png", 3, 10**18 + int(job["id"])]]} for job in work]
+    assert jobs.run_jobs(None, square, again[:2], log=log)["1"] == {"value": 1}, "done for another file"
+    log.write_text(log.read_text().replace('"value": 1}', '"value": 98}'))
+    done = jobs.run_jobs(None, square, again, log=log)
+    assert {name: result["value"] for name, result in done.items()} == {"0": 0, "1": 98, "2": 4, "3": 9, "4": 16}
     assert len(log.read_text().splitlines()) == 5
 
 
