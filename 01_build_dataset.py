@@ -42,7 +42,7 @@ CROP_TRIES = 20
 AT_ONCE = 32                    # crops of one picture in a job: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "annotate_splits",
-        "annotate_without", "labels", "export", "photo_license", "workers")     # work on a finished set, and speed
+        "annotate_without", "labels", "export", "photo_license", "workers", "hf_batch", "label_batch")  # use, and speed
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 
 

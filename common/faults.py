@@ -64,7 +64,9 @@ def memory_settings(config: type) -> list[str]:
     source = Path(sys.modules[config.__module__].__file__).read_text(encoding="utf-8")
     meanings = comments_of(config, source).items()
     names = [name for name, meaning in meanings if re.search("memory (only|and speed)", meaning)]
-    return [f"set {name}=true" if vars(config)[name] is False else f"lower {name}" for name in names]
+    defaults = {name: vars(config)[name] for name in names}
+    return [f"set {name}=true" if default is False else f"set {name}=1" if default == 0 else f"lower {name}"
+            for name, default in defaults.items()]                  # workers=0 is one per core
 
 
 @contextlib.contextmanager

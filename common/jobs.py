@@ -76,7 +76,7 @@ def completed(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict]
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        run.fail("a worker process died, perhaps for want of memory: run again with a smaller workers=")
+        run.fail("a worker process died, perhaps for want of memory: run again with workers=1")
     finally:
         for future in futures:
             future.cancel()                                 # after a failure: do not start the rest

@@ -370,8 +370,26 @@ def test_memory_that_torch_lacks_names_the_settings(capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "same command again" in said
     assert "lower samples_per_gpu or set gradient_checkpointing=true, and" in said
-    for number in "12345":
-        assert faults.memory_settings(load_stage(f"0{number}").Config)
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05"])
+def test_what_is_advised_without_memory_is_not_refused_as_other_settings(number, tmp_path, capsys):
+    module = load_stage(number)
+    advice = faults.memory_settings(module.Config)
+    lowered = [words.removeprefix("lower ") for words in advice if words.startswith("lower ")]
+    as_told = [words.removeprefix("set ") for words in advice if words.startswith("set ")] + [f"{n}=1" for n in lowered]
+    folder = tmp_path / Path(module.__file__).stem
+    (folder / "begun").mkdir(parents=True)
+    (tmp_path / "c.yaml").write_text(f"run: {tmp_path}\n")
+    start = [str(tmp_path / "c.yaml"), *["hr_dir=/nowhere"] * (number == "01")]
+    for more, refused in (([], False), (as_told, False), (["seed=7"], True)):
+        cfg = config.load_config(module.Config, module.__file__, start + [f"{name}=8" for name in lowered])
+        run.save_config(cfg, folder / "config.yaml", module.__file__)
+        with pytest.raises(SystemExit):                     # there is no earlier stage, or no photograph
+            module.main(config.load_config(module.Config, module.__file__, [*start, *more]))
+        assert ("has other settings" in capsys.readouterr().err) == refused, more
+        (folder / "begun").mkdir(parents=True, exist_ok=True)
+    assert as_told and len(as_told) == len(advice)
 
 
 @pytest.mark.parametrize("wait", ["time.sleep(60)", "lock(mutex), lock(mutex)"])
