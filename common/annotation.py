@@ -21,6 +21,7 @@ class Page:                             # all that requests share
     seed: int
     shown: int                          # candidates at once
     groups: dict[str, list[str]]        # group id -> ids of its candidates
+    pictures: dict[str, str]            # group id -> what judgements.pictures_of says
     images: dict[str, tuple]            # public id -> (path, side to enlarge to, or None)
     public: dict[tuple, str]            # (group id, "lr", "smooth" or candidate id) -> public id
     lines: list[dict]                   # of judgements.jsonl
@@ -46,9 +47,11 @@ def open_page(folder: Path, seed: int, shown: int, splits: list[str], per_split:
             public[group["id"], name] = secrets.token_hex(8)
             images[public[group["id"], name]] = folder / path, size
     names = {group["id"]: [candidate["id"] for candidate in group["candidates"]] for group in listed}
+    pictures = {group["id"]: judgements.pictures_of(group) for group in listed}
     log = judgements.open_log(folder / judgements.NAME)
-    lines = judgements.read(folder / judgements.NAME, names)
-    return Page(seed, shown, {group["id"]: names[group["id"]] for group in groups}, images, public, lines, log)
+    lines = judgements.read(folder / judgements.NAME, names, pictures)
+    own = {group["id"]: names[group["id"]] for group in groups}
+    return Page(seed, shown, own, pictures, images, public, lines=lines, log=log)
 
 
 def view(page: Page, annotator: str) -> dict:
@@ -77,9 +80,9 @@ def judge(page: Page, body: dict) -> tuple[int, dict]:
         wrong = f"seconds should be a number from 0 to {LONGEST_SECONDS}"
     if wrong:
         return 400, {"error": wrong}
-    line = {"time": round(time.time(), 3), "annotator": annotator, "group": task["group"], "task": task["id"],
-            "candidates": task["candidates"], "axis": body["axis"], "ranks": ranks, "seconds": round(seconds, 2),
-            "repeat_of": task["repeat_of"]}
+    line = {"time": round(time.time(), 3), "annotator": annotator, "group": task["group"],
+            "pictures": page.pictures[task["group"]], "task": task["id"], "candidates": task["candidates"],
+            "axis": body["axis"], "ranks": ranks, "seconds": round(seconds, 2), "repeat_of": task["repeat_of"]}
     page.lines.append(judgements.append(page.log, line))
     page.issued.pop(annotator)
     return 200, view(page, annotator)

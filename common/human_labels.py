@@ -102,7 +102,8 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
     groups, manifest = data.all_groups(folder), run.read_json(folder / "manifest.json")
     names = {group["id"]: [candidate["id"] for candidate in group["candidates"]] for group in groups}
     if kind == "human":
-        judged = judgements.live(judgements.read(folder / judgements.NAME, names))
+        pictures = {group["id"]: judgements.pictures_of(group) for group in groups}
+        judged = judgements.live(judgements.read(folder / judgements.NAME, names, pictures))
         unknown = set(without) - {j["annotator"] for j in judged}
         if unknown:
             run.fail(f"annotate_without: there is no judgement by {', '.join(sorted(unknown))}")

@@ -1,14 +1,16 @@
 """
 judgements.jsonl: what people said, one JSON object per line, on the disk before the page is told that it is saved.
 
-    a judgement   {id, time (seconds since 1970), annotator, group, task, candidates (ids in the order shown), axis,
-                   ranks (in that order, 1 is best, ties share one; null: cannot tell), seconds, repeat_of}
+    a judgement   {id, time (seconds since 1970), annotator, group, pictures (see `pictures_of`), task, candidates (ids
+                   in the order shown), axis, ranks (in that order, 1 is best, ties share one; null: cannot tell),
+                   seconds, repeat_of}
     an undo       {id, time, annotator, revokes (the id of a judgement)}
 
 A task is one screen: a choice of candidates of one group, judged on each axis of ASKED. repeat_of is the task that it
 repeats, unknown to the annotator, or null. Lines are only ever appended.
 """
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -22,7 +24,7 @@ from common import run
 
 NAME = "judgements.jsonl"
 ASKED = ("consistency", "naturalness")
-KEYS = {"id", "time", "annotator", "group", "task", "candidates", "axis", "ranks", "seconds", "repeat_of"}
+KEYS = {"id", "time", "annotator", "group", "pictures", "task", "candidates", "axis", "ranks", "seconds", "repeat_of"}
 UNDO_KEYS = {"id", "time", "annotator", "revokes"}
 
 
@@ -48,10 +50,17 @@ def append(log: BinaryIO, record: dict) -> dict:
     return record
 
 
-def read(path: Path, groups: dict[str, list[str]]) -> list[dict]:
+def pictures_of(group: dict) -> str:
+    """16 hex digits for the bytes of LR and candidates: ids are the same in every data set."""
+    sums = [group["sha256"][path] for path in (group["lr"], *(one["path"] for one in group["candidates"]))]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
+
+
+def read(path: Path, groups: dict[str, list[str]], pictures: dict[str, str]) -> list[dict]:
     """
     All whole lines; [] if there is no file. Stops with one line at anything that was not written by `append` or does
-    not fit groups: group id -> ids of its candidates. A last line without its end (a write that was cut) is left out.
+    not fit groups: group id -> ids of its candidates, and pictures: group id -> pictures_of it. A last line without
+    its end (a write that was cut) is left out.
     """
     text = path.read_bytes() if path.exists() else b""
     lines, known = [], set()
@@ -60,7 +69,7 @@ def read(path: Path, groups: dict[str, list[str]]) -> list[dict]:
             line = json.loads(raw)
         except ValueError as error:
             run.fail(f"{path} line {number} is not JSON ({error}): remove or repair that line")
-        reason = invalid(line, groups, known)
+        reason = invalid(line, groups, pictures, known)
         if reason:
             run.fail(f"{path} line {number}: {reason}: remove that line, or use the file of this run")
         known.add(line["id"])
@@ -68,7 +77,7 @@ def read(path: Path, groups: dict[str, list[str]]) -> list[dict]:
     return lines
 
 
-def invalid(line: object, groups: dict[str, list[str]], known: set[str]) -> str | None:
+def invalid(line: object, groups: dict[str, list[str]], pictures: dict[str, str], known: set[str]) -> str | None:
     """What is wrong with a line, or None. known: the ids of the lines before it."""
     if not isinstance(line, dict) or set(line) not in (KEYS, UNDO_KEYS):
         return f"expected an object with the keys {', '.join(sorted(KEYS))}, or {', '.join(sorted(UNDO_KEYS))}"
@@ -76,6 +85,8 @@ def invalid(line: object, groups: dict[str, list[str]], known: set[str]) -> str 
         return None if line["revokes"] in known else f"it revokes {line['revokes']!r}, which is not above it"
     if line["group"] not in groups:
         return f"group {line['group']!r} is not in this data set"
+    if line["pictures"] != pictures[line["group"]]:
+        return f"it was given for other pictures than those of {line['group']} here: this file belongs to another build"
     shown = line["candidates"]
     if not isinstance(shown, list) or len(set(map(str, shown))) < max(2, len(shown)):
         return "candidates should be two or more different ids"

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ from annotation_server import Server, build_small, read_lines, request, stage_fo
 from common import agreement, annotate, cohorts, data, human_labels, judgements, metrics, pairs
 from conftest import ROOT, run_stage
 
+PICTURES = defaultdict(lambda: "0123456789abcdef")       # of any group
 GROUPS = {f"g{i}": [f"g{i}_{c}" for c in range(4)] for i in range(5)}
 
 
@@ -32,8 +34,9 @@ GROUPS = {f"g{i}": [f"g{i}_{c}" for c in range(4)] for i in range(5)}
 
 def line(annotator, group, candidates, axis, ranks, **more):
     """A judgement as it lies in the file."""
-    return {"id": str(next(NUMBER)), "time": 0.0, "annotator": annotator, "group": group, "task": f"t{group}",
-            "candidates": candidates, "axis": axis, "ranks": ranks, "seconds": 3.0, "repeat_of": None} | more
+    return {"id": str(next(NUMBER)), "time": 0.0, "annotator": annotator, "group": group, "pictures": PICTURES[group],
+            "task": f"t{group}", "candidates": candidates, "axis": axis, "ranks": ranks, "seconds": 3.0,
+            "repeat_of": None} | more
 
 
 NUMBER = itertools.count()
@@ -251,7 +254,7 @@ def test_a_careless_annotator_is_doubted_and_careful_ones_are_not():
 
 def test_a_cut_last_line_is_dropped_and_anything_else_is_named(tmp_path, capsys):
     path = tmp_path / "judgements.jsonl"
-    assert judgements.read(path, GROUPS) == []
+    assert judgements.read(path, GROUPS, PICTURES) == []
     with judgements.open_log(path) as log:
         own = line("ann", "g0", GROUPS["g0"][:2], "consistency", [1, 1])
         del own["id"]
@@ -261,19 +264,20 @@ def test_a_cut_last_line_is_dropped_and_anything_else_is_named(tmp_path, capsys)
         assert "in use" in capsys.readouterr().err
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "x", "time"')
-    assert judgements.read(path, GROUPS) == [first]
+    assert judgements.read(path, GROUPS, PICTURES) == [first]
     with judgements.open_log(path) as log:
         judgements.append(log, {"time": 0.0, "annotator": "ann", "revokes": first["id"]})
-    lines = judgements.read(path, GROUPS)
+    lines = judgements.read(path, GROUPS, PICTURES)
     assert path.read_bytes().startswith(whole) and len(lines) == 2 and judgements.live(lines) == []
     for wrong, word in (("nonsense\n", "JSON"), ("[]\n", "keys"), ('{"id": 1}\n', "keys"),
                         (json.dumps(first | {"group": "g9"}) + "\n", "g9"),
+                        (json.dumps(first | {"pictures": "0" * 16}) + "\n", "another build"),
                         (json.dumps(first | {"ranks": [1, 3]}) + "\n", "ranks"),
                         (json.dumps(first | {"candidates": ["g1_0", "g1_1"]}) + "\n", "candidates"),
                         (json.dumps({"id": "1", "time": 0, "annotator": "a", "revokes": "q"}) + "\n", "above")):
         path.write_bytes(whole + wrong.encode())
         with pytest.raises(SystemExit):
-            judgements.read(path, GROUPS)
+            judgements.read(path, GROUPS, PICTURES)
         error = capsys.readouterr().err
         assert "line 2" in error and word in error and error.count("\n") == 1
 
@@ -519,6 +523,25 @@ def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, 
     assert {name: (folder / name).read_bytes() for name in before} == before, "and back, byte by byte"
 
 
+def test_judgements_of_another_build_are_refused(config, tmp_path):
+    """The same ids are in every data set: here the same LR images, and other candidates."""
+    with Server(config) as server:
+        assert server.answer("ann", server.task("ann")["task"], [1, 2])[0] == 200
+        server.stop()
+    tree = json.loads(config.read_text())
+    tree["run"], tree["01_build_dataset"]["candidates"] = str(tmp_path / "other"), ["resample|unnatural"] * 4
+    config.with_name("other.yaml").write_text(json.dumps(tree))
+    folder = tmp_path / "other" / "01_build_dataset"
+    folder.mkdir(parents=True)
+    shutil.copy(stage_folder(config) / "judgements.jsonl", folder)
+    done = run_stage("01", config.with_name("other.yaml"))
+    assert done.returncode == 0, done.stderr
+    for setting in ("labels=human", "annotate=true"):
+        done = run_stage("01", config.with_name("other.yaml"), setting)
+        assert done.returncode == 2 and "this file belongs to another build" in done.stderr
+        assert "judgements.jsonl line 1" in done.stderr and "human" not in (folder / "groups.jsonl").read_text()
+
+
 def test_who_is_left_out_and_what_is_refused(config):
     with Server(config, "annotate_show=4", "annotate_groups=1", "annotate_splits=val,test") as server:
         for name in ("ann", "bob"):
@@ -552,9 +575,11 @@ def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_r
     groups = data.all_groups(source)
     with judgements.open_log(source / judgements.NAME) as log:
         for number, group in enumerate(groups):
+            shown = judgements.pictures_of(group)
             names = [candidate["id"] for candidate in group["candidates"]]
             for axis in judgements.ASKED[:1 if group["id"].endswith("00000") else 2]:       # the first of a split: one
-                own = line("ann", group["id"], names, axis, metrics.ranks(group["labels"][axis]["scores"], 0.02))
+                own = line("ann", group["id"], names, axis, metrics.ranks(group["labels"][axis]["scores"], 0.02),
+                           pictures=shown)
                 del own["id"]
                 if number % 7 != 6:                                                         # some are not seen at all
                     judgements.append(log, own)
