@@ -4,7 +4,8 @@ The annotation page: a small HTTP server for people who compare candidates; the 
     GET  /<token>/              the page
     GET  /<token>/task          ?annotator=NAME: what to judge next, and progress
     GET  /<token>/image/<id>    PNG; ids are random, so that neither names nor methods can be read off
-    POST /<token>/judge         {annotator, task, axis, ranks, seconds}; answers like `task` once it is on the disk
+    POST /<token>/judge         {annotator, task, axis, ranks, seconds}; answers like `task` once it is on the disk,
+                                507 if it cannot be written
     POST /<token>/undo          {annotator}: takes the last judgement back
 
 No path of a request ever becomes a path on the disk. Whoever knows the token may judge, under any name.
@@ -69,8 +70,11 @@ class Handler(BaseHTTPRequestHandler):
         wrong = annotation.wrong_name(record["annotator"])
         if wrong:
             return self.reply(400, {"error": wrong})
-        with self.server.page.lock:
-            status, answer = action(self.server.page, record)
+        try:
+            with self.server.page.lock:
+                status, answer = action(self.server.page, record)
+        except OSError as error:
+            status, answer = 507, {"error": f"Not saved: {error.strerror}. Tell whoever runs this program."}
         self.reply(status, answer)
 
     def do_other(self):

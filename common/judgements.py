@@ -9,6 +9,7 @@ judgements.jsonl: what people said, one JSON object per line, on the disk before
 A task is one screen: a choice of candidates of one group, judged on each axis of ASKED. repeat_of is the task that it
 repeats, unknown to the annotator, or null. Lines are only ever appended.
 """
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -30,7 +31,7 @@ UNDO_KEYS = {"id", "time", "annotator", "revokes"}
 
 def open_log(path: Path) -> BinaryIO:
     """Open for appending, for this process alone; a last line that was cut off (power failure) is removed."""
-    log = open(path, "a+b")
+    log = open(path, "a+b", buffering=0)                    # nothing that failed is written later
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -42,11 +43,16 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def append(log: BinaryIO, record: dict) -> dict:
-    """Add an id, write one line, and return the record when it is on the disk."""
+    """Add an id, write one line, and return the record when it is on the disk; OSError leaves the file as it was."""
     record = {"id": uuid.uuid4().hex[:16]} | record
-    log.write((json.dumps(record, allow_nan=False) + "\n").encode())
-    log.flush()
-    os.fsync(log.fileno())
+    line, end = (json.dumps(record, allow_nan=False) + "\n").encode(), os.fstat(log.fileno()).st_size
+    try:
+        if log.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(log.fileno())
+    except OSError:
+        log.truncate(end)
+        raise
     return record
 
 

@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import math
+import resource
 import shutil
 import signal
 import socket
@@ -438,6 +439,26 @@ def test_kill_9_loses_nothing_and_a_reload_goes_on(config):
         words = server.stop()
         assert "8 lines" in words and "labels=human" in words
     assert read_lines(config)[:7] == lines and len(read_lines(config)) == 8
+
+
+def test_an_answer_on_a_full_disk_is_one_answer(config):
+    with Server(config) as server:
+        state = server.task("ann")
+        state = server.answer("ann", state["task"], [1, 2])[1]
+        path, pid = stage_folder(config) / "judgements.jsonl", server.process.pid
+        before = path.read_bytes()
+        for room in (0, 40):                                                # nothing, and a part of the line
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (len(before) + room, resource.RLIM_INFINITY))
+            for _ in range(2):
+                status, answer = server.answer("ann", state["task"], [1, 2])
+                assert status == 507 and "Not saved: " in answer["error"]
+                assert path.read_bytes() == before
+            assert server.call("undo", {"annotator": "ann"})[0] == 507
+            assert server.task("ann") == state, "the question stays"
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert server.answer("ann", state["task"], [2, 1])[0] == 200
+        server.stop()
+    assert [line["ranks"] for line in read_lines(config)] == [[1, 2], [2, 1]]
 
 
 def test_several_annotators_at_once_lose_nothing(config):

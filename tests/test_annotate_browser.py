@@ -7,6 +7,7 @@ Run     python -m pytest tests/test_annotate_browser.py -rs     # 30 s
 """
 import base64
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -253,3 +254,17 @@ def test_what_was_not_saved_is_said(config, browser):
         page.wait("!document.querySelector('#alert').hidden")
         assert "Not saved" in page.js("document.querySelector('#alert').textContent")
         assert read_lines(config) == []
+
+
+def test_a_full_disk_is_said_and_the_answer_is_not_lost(config, browser):
+    with Server(config) as server:
+        page = browser(server.base, 1280, 800)
+        page.wait("performance.now() - asked > 250")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        page.key("left")
+        page.wait("!document.querySelector('#alert').hidden")
+        assert "Not saved: File too large" in page.js("document.querySelector('#alert').textContent")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        page.click("#alert button")
+        page.wait("document.querySelector('#alert').hidden && !busy")
+        assert [line["ranks"] for line in read_lines(config)] == [[1, 2]]
