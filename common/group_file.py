@@ -39,6 +39,19 @@ def files_of(group: dict) -> list[str]:
 
 def wrong(group: object, folder: Path) -> str | None:
     """What is wrong with a line of groups.jsonl, or None. Whether files are the ones of `sha256` shows on reading."""
+    if reason := wrong_record(group):
+        return reason
+    for name in files_of(group):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"the path {name!r} leads out of {folder}: paths are relative to it"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    return None
+
+
+def wrong_record(group: object) -> str | None:
+    """The same of the line alone, without a look at files."""
     if not isinstance(group, dict):
         return "expected a JSON object"
     if reason := wrong_types(group, TYPES):
@@ -57,13 +70,8 @@ def wrong(group: object, folder: Path) -> str | None:
             return reason
     if not isinstance(group.get("sha256", {}), dict):
         return "sha256 should be an object"
-    for name in files_of(group):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            return f"the path {name!r} leads out of {folder}: paths are relative to it"
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-    return None
+    more = set(group.get("sha256", {})) - set(files_of(group))
+    return f"sha256 names {sorted(more)[0]!r}, which is no file of the group" if more else None
 
 
 def wrong_types(record: dict, types: dict) -> str | None:

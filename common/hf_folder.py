@@ -13,6 +13,7 @@ from pathlib import Path
 from common import run
 from common.data import AXES, SPLITS, load_groups
 from common.files import read_json
+from common.group_file import files_of, wrong_record
 from common.import_tables import SPLIT_NAMES, rank_label, score_label
 from common.jobs import write_lines
 from common.tables import fail, number, picture, read_json_lines
@@ -23,11 +24,6 @@ RECORD = ("id", "split", "source", "scale", "lr", "hr", "degradation", "candidat
 OWN_FILE = re.compile(r"(lr|hr|candidates)/[\w.-]+\.png")
 COLUMNS = ("lr_file_name", "hr_file_name", "candidates_file_names", "methods", "id", "source", "record",
            *(f"{kind}_{axis}" for kind in ("ranks", "scores") for axis in AXES))
-
-
-def paths_of(group: dict) -> list[str]:
-    """The files of a line of groups.jsonl: LR, HR if there is one, candidates."""
-    return [group["lr"], *([group["hr"]] if group["hr"] else []), *(c["path"] for c in group["candidates"])]
 
 
 def row(group: dict, has_hr: bool) -> dict:
@@ -54,7 +50,7 @@ def export(folder: Path, out: Path, license_name: str) -> None:
     for split, own in groups.items():
         target = partial / FOLDERS[split]
         for group in own:
-            for name in group["sha256"]:
+            for name in files_of(group):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, target / name)
         write_lines(target / "metadata.jsonl", [row(group, has_hr) for group in own])
@@ -126,7 +122,10 @@ def read_row(table: Path, line: int, own: dict) -> dict:
     record = read_record(own["record"], table, line)
     if not isinstance(record, dict) or not set(RECORD) <= set(record) or record["split"] != group["split"]:
         fail(table, line, f"record should be a line of groups.jsonl of the split {group['split']}", do="export again")
-    for path in paths_of(record):
-        if not OWN_FILE.fullmatch(path) or record["sha256"].get(path) != run.sha256(table.parent / path):
+    if reason := wrong_record(record):
+        fail(table, line, f"record: {reason}", do="export the set again")
+    for path in files_of(record):
+        file = table.parent / path
+        if not OWN_FILE.fullmatch(path) or not file.is_file() or record["sha256"].get(path) != run.sha256(file):
             fail(table, line, f"{path} is not the file that was exported (SHA-256)", do="export the set again")
     return group | {"record": record}

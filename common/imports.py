@@ -11,7 +11,7 @@ from pathlib import Path
 from common import duplicates, photos, run
 from common.data import SPLITS, copy_png, read_image
 from common.files import plain
-from common.hf_folder import paths_of, read_hf
+from common.hf_folder import read_hf
 from common.import_folders import read_refsr, read_sriqa
 from common.import_tables import read_csv, read_mos
 from common.jobs import run_jobs, stamp
@@ -53,7 +53,7 @@ def build(cfg, folder: Path, pool: ProcessPoolExecutor | None) -> tuple[list[dic
     print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}")
     base = Path(cfg.import_from)
     copy = partial(copy_group, str(folder), str(base if base.is_dir() else base.parent))
-    jobs = [group | {"key": stamp(files_of(group))} for group in plan]
+    jobs = [group | {"key": stamp(files_of(group, "file"))} for group in plan]
     done = run_jobs(pool, copy, jobs, log=folder / "progress" / "import.jsonl")
     return [done[group["id"]] for group in plan], near
 
@@ -112,17 +112,17 @@ def plan_groups(cfg, groups: list[dict], near: list[dict]) -> list[dict]:
     return plan
 
 
-def files_of(group: dict) -> list[str]:
-    """LR, HR if there is one, candidates: where they come from."""
-    return [group["lr"], *([group["hr"]] if group["hr"] else []), *(one["file"] for one in group["candidates"])]
+def files_of(group: dict, key: str) -> list[str]:
+    """LR, HR if there is one, and candidates, whose file is under `key`."""
+    return [group["lr"], *([group["hr"]] if group["hr"] else []), *(one[key] for one in group["candidates"])]
 
 
 def copy_group(folder: str, base: str, job: dict) -> dict:
     """Copy the pictures of one group; returns its line of groups.jsonl, with their old names relative to `base`."""
     root, name, record = Path(folder), job["id"], job.get("record")
-    files = files_of(job)
+    files = files_of(job, "file")
     if record:
-        paths = paths_of(record)
+        paths = files_of(record, "path")
     else:
         shown = [f"candidates/{name}_{index}.png" for index in range(len(job["candidates"]))]
         paths = [f"lr/{name}.png", *([f"hr/{name}.png"] if job["hr"] else []), *shown]

@@ -242,6 +242,8 @@ BAD_GROUPS = {  # name -> (lines -> lines, words of the line)
     "a folder as file": (edited(lambda g: g.update(lr=".")), ["is missing"]),
     "a file that is no picture": (edited(lambda g: g.update(lr="groups.jsonl")), ["cannot identify image"]),
     "a wrong hash": (edited(lambda g: g.update(sha256={"lr.png": "0" * 64})), ["lr.png", "checksum"]),
+    "a hash of another file": (edited(lambda g: g.update(sha256={"../../secret.txt": "0" * 64})),
+                               ["'../../secret.txt', which is no file of the group"]),
     "hashes in a list": (edited(lambda g: g.update(sha256=["0"])), ["sha256 should be an object"]),
     "of another split": (lambda lines: lines[1:], ["no group in the split 'train'"]),
 }

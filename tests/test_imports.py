@@ -386,7 +386,7 @@ def test_export_refusals(build, exported, tmp_path):
     for name, change, words in (
             ("pixel", lambda root: data.write_png(root / "test" / "lr" / "test_00000.png", picture(5, 8)),
              "line 1: lr/test_00000.png is not the file that was exported"),
-            ("path", lambda root: replace_text(root / "test" / "metadata.jsonl", 'lr\\": \\"lr/', 'lr\\": \\"../'),
+            ("path", lambda root: replace_text(root / "test" / "metadata.jsonl", '\\"lr/test_', '\\"../lr/test_'),
              "is not the file that was exported"),
             ("split", lambda root: (root / "test").rename(root / "extra"), "record should be a line of groups.jsonl")):
         shutil.copytree(out, tmp_path / name)
@@ -395,6 +395,37 @@ def test_export_refusals(build, exported, tmp_path):
     module = load_stage("01")
     with pytest.raises(SystemExit):
         module.hf_folder.export(exported[0], out, "unknown")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda record: record["sha256"].update({"../../secret.txt": "0" * 64}), "'../../secret.txt', which is no file"),
+    (lambda record: record["candidates"][0].pop("method"), "key 'method' is missing in a candidate"),
+    (lambda record: record["labels"]["overall"].update(ranks=[1]), "do not fit the 4 candidates"),
+    (lambda record: record.update(lr="lr/gone.png", sha256={}), "lr/gone.png is not the file that was exported"),
+])
+def test_an_export_whose_record_was_changed_is_refused(build, exported, tmp_path, change, words):
+    root = tmp_path / "changed"
+    shutil.copytree(exported[1], root)
+    table = root / "validation" / "metadata.jsonl"
+    row = json.loads(table.read_text())
+    record = json.loads(row["record"])
+    change(record)
+    table.write_text(json.dumps(row | {"record": json.dumps(record)}) + "\n")
+    refused(build(import_from=root, import_format="hf"), words)
+
+
+def test_an_export_copies_nothing_but_the_pictures_of_its_groups(exported, tmp_path):
+    """Of a set that an older version has imported: its sha256 may name anything."""
+    folder = tmp_path / "run" / "01_build_dataset"
+    shutil.copytree(exported[0], folder)
+    (tmp_path / "secret.txt").write_text("secret")
+    lines = [json.loads(line) for line in (folder / "groups.jsonl").read_text().splitlines()]
+    lines[0]["sha256"]["../../secret.txt"] = "0" * 64
+    (folder / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    module = load_stage("01")
+    with pytest.raises(SystemExit):
+        module.hf_folder.export(folder, tmp_path / "out", "unknown")
+    assert not (tmp_path / "out").exists()
 
 
 def replace_text(path, old, new):

@@ -448,6 +448,7 @@ def evaluate_again(evaluated: Path, toy_config: Path, target: Path, *, change, o
 
 def test_human_ranks_on_one_axis_without_ground_truth(evaluated, toy_config, tmp_path):
     def change(group: dict) -> None:
+        del group["sha256"][group["hr"]]
         group["hr"] = None
         label = group["labels"]["naturalness"]
         group["labels"] = {"naturalness": {"ranks": label["ranks"], "source": "human", "votes": 5}}
