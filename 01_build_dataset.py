@@ -63,7 +63,7 @@ class Config:
     import_from: str | None = None      # its table or folder
     import_format: str = "hf"           # refsr, sriqa (folders), csv, mos (tables) or hf (imagefolder)
     import_roles: list[str] = field(default_factory=list)   # refsr, sriqa: which file is what, as ROLE=PATTERN
-    strict: bool = False                # stop at the first bad image instead of skipping it
+    strict: bool = False                # stop at the first bad image and do not skip it; imports always do
     # groups -------------------------------------------------------------------------------------------------
     train_groups: int = 20000           # LR images per split
     val_groups: int = 200               # the same for validation
@@ -132,7 +132,7 @@ class Config:
 def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
     """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl (or stop a strict run)."""
     found = photos.find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
-    jobs = [{"id": str(path), "path": str(path), "key": stamp([str(path)])} for _, path in found]
+    jobs = [{"id": path, "path": path, "key": stamp([path])} for path in (str(own) for _, own in found)]
     survey = partial(photos.survey, crop_size(cfg), cfg.min_detail)
     facts = run_jobs(pool, survey, jobs, log=folder / "progress" / "survey.jsonl")
     usable, skipped, seen = [], [], {}

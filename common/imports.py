@@ -4,6 +4,7 @@
 Readers (import_tables.py, import_folders.py, hf_folder.py) say what is there; here it is checked, split by source,
 copied (or converted to PNG without change of a pixel) and hashed.
 """
+import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -66,14 +67,15 @@ def read(cfg) -> list[dict]:
                  f"{cfg.import_format} needs: give an existing one")
     roles = parse_roles(cfg.import_roles, cfg.import_format)
     groups = plain(READERS[cfg.import_format](place, roles, cfg.tie_margin))
+    if not groups:
+        run.fail(f"import_from: {place} holds no group: its tables have no lines; give the whole set")
     count = len(groups[0]["candidates"])
     for group in groups:
         if len(group["candidates"]) != count or count < 2:
             run.fail(f"{group['where']}: {len(group['candidates'])} candidate(s), but {groups[0]['where']} has {count}:"
                      " all groups need the same number, 2 or more, as later stages compare them in batches; "
                      "remove candidates or groups, or import each number into its own run=")
-    unlabeled = sum(not group["labels"] for group in groups)
-    print(f"{unlabeled} of {len(groups)} groups have no label" if unlabeled else f"{len(groups)} labeled groups")
+    print(f"{sum(bool(group['labels']) for group in groups)} of {len(groups)} groups are labeled")
     return groups
 
 
@@ -138,9 +140,9 @@ def copy_group(folder: str, base: str, job: dict) -> dict:
                      "remove it")
     if record:
         return record
-    old_names = {key: str(Path(job[key]).relative_to(base)) for key in ("lr", "hr") if job[key]}
+    old_names = {key: os.path.relpath(job[key], base) for key in ("lr", "hr") if job[key]}
     listed = [{"id": f"{name}_{index}", "path": f"candidates/{name}_{index}.png", "method": candidate["method"],
-               "extra": {"file": str(Path(candidate["file"]).relative_to(base))} | candidate["extra"]}
+               "extra": {"file": os.path.relpath(candidate["file"], base)} | candidate["extra"]}
               for index, candidate in enumerate(job["candidates"])]
     return {"id": name, "split": job["split"], "source": job["source"], "scale": scale, "lr": paths[0],
             "hr": f"hr/{name}.png" if job["hr"] else None, "degradation": {}, "candidates": listed,

@@ -127,6 +127,21 @@ def test_votes_become_ranks_and_stay(build, pictures):
     assert results["label_source"] == "import" and results["groups"] == 8 and results["pairs"] == 8 * 5
 
 
+def test_pictures_outside_the_folder_of_the_table(build, pictures, tmp_path, monkeypatch):
+    """Absolute paths, paths upwards, and a relative import_from."""
+    for file in (pictures / "m0").iterdir():
+        (tmp_path / "m0").mkdir(exist_ok=True)
+        file.rename(tmp_path / "m0" / file.name)
+    rows = [[str(pictures / row[0]), row[1].replace("m0/", "../m0/"), *row[2:]] for row in mos_rows()]
+    write_csv(pictures / "mos.csv", MOS_HEAD, rows)
+    monkeypatch.chdir(tmp_path)
+    folder, code, _, err = build(import_from="set/mos.csv", import_format="mos")
+    assert code == 0, err
+    line = next(line for line in groups_of(folder) if line["extra"]["lr"] == "lr/000.png")
+    assert [one["extra"]["file"] for one in line["candidates"]] == ["../m0/000.png", *(f"m{m}/000.png" for m in "123")]
+    assert line["extra"]["name"] == str(pictures / "lr" / "000.png")
+
+
 def test_mos_table_with_axes_sources_and_splits(build, pictures):
     rows = [row + [f"photo{int(row[0][3:6]) // 2}", ("train", "train", "validation", "test")[int(row[0][3:6]) // 2],
                    row[0].replace("lr/", "hr/")] for row in mos_rows()]
@@ -231,6 +246,11 @@ def refused(outcome, words, kept=False):
 def test_malformed_mos(build, pictures, rows, words):
     write_csv(pictures / "mos.csv", MOS_HEAD, rows)
     refused(build(import_from=pictures / "mos.csv", import_format="mos"), words)
+
+
+def test_an_imagefolder_without_lines(build, pictures):
+    (pictures / "metadata.jsonl").write_text("\n")
+    refused(build(import_from=pictures, import_format="hf"), "its tables have no lines")
 
 
 def test_malformed_splits_and_pictures(build, pictures):
