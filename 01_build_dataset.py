@@ -130,7 +130,7 @@ class Config:
 # data: photographs, crops, LR images ---------------------------------------------------------------------
 
 def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
-    """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl (or stop a strict run)."""
+    """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl."""
     found = photos.find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
     jobs = [{"id": path, "path": path, "key": stamp([path])} for path in (str(own) for _, own in found)]
     survey = partial(photos.survey, crop_size(cfg), cfg.min_detail)

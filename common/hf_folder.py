@@ -124,6 +124,11 @@ def read_row(table: Path, line: int, own: dict) -> dict:
         fail(table, line, f"record should be a line of groups.jsonl of the split {group['split']}", do="export again")
     if reason := wrong_record(record):
         fail(table, line, f"record: {reason}", do="export the set again")
+    for axis in AXES:
+        for kind in ("ranks", "scores"):
+            name = f"{kind}_{axis}"
+            if name in own and own[name] != record["labels"].get(axis, {}).get(kind):
+                fail(table, line, f"{name} differs from `record`", do="change both, or remove `record`")
     for path in files_of(record):
         file = table.parent / path
         if not OWN_FILE.fullmatch(path) or not file.is_file() or record["sha256"].get(path) != run.sha256(file):

@@ -434,6 +434,23 @@ def test_an_export_whose_record_was_changed_is_refused(build, exported, tmp_path
     refused(build(import_from=root, import_format="hf"), words)
 
 
+def test_labels_that_were_edited_in_an_export_are_not_dropped(build, exported, tmp_path):
+    root = tmp_path / "edited"
+    shutil.copytree(exported[1], root)
+    table = root / "validation" / "metadata.jsonl"
+    row = json.loads(table.read_text())
+    edited = row | {"ranks_overall": [4, 3, 2, 1], "scores_overall": None}
+    assert edited["ranks_overall"] != row["ranks_overall"]
+    table.write_text(json.dumps(edited) + "\n")
+    refused(build(import_from=root, import_format="hf"), "ranks_overall differs from `record`: change both, or remove")
+    del edited["record"]
+    table.write_text(json.dumps(edited) + "\n")
+    folder, code, _, err = build(import_from=root, import_format="hf")
+    assert code == 0, err
+    line, = (line for line in groups_of(folder) if line["split"] == "val")
+    assert line["labels"]["overall"]["ranks"] == [4, 3, 2, 1]
+
+
 def test_an_export_copies_nothing_but_the_pictures_of_its_groups(exported, tmp_path):
     """Of a set that an older version has imported: its sha256 may name anything."""
     folder = tmp_path / "run" / "01_build_dataset"
