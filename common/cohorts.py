@@ -57,7 +57,7 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
                  "compare (annotate=true and labels=human of 01), or build it with hr_dir or label=mllm"
                  + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
     if scale is None:
-        scale = [np.sort([s for g in groups for s in g["labels"].get(a, {}).get("scores") or []]) for a in AXES]
+        scale = [np.sort([s for g in groups for s in labels.common_scores(g["labels"].get(a, {}))]) for a in AXES]
     cohorts, room = [], IN_MEMORY
     for group in tqdm(groups, desc=f"read {split}", disable=not dist.is_main()):
         lr, _, _ = data.group_images(folder, group | {"candidates": [], "hr": None})
@@ -77,11 +77,11 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
 
 
 def digit_targets(label: dict, scale: np.ndarray) -> np.ndarray:
-    """Targets 1..9: quantile of the label's score among all training scores; without scores, by rank in the group."""
-    if label.get("scores") and len(scale):
-        below, upto = (np.searchsorted(scale, label["scores"], side) for side in ("left", "right"))
+    """Targets 1..9: quantile of the label's score among all training scores; else by rank in the group, all tied: 5."""
+    scores, ranks = labels.common_scores(label), np.asarray(label["ranks"], float)
+    if scores and len(scale):
+        below, upto = (np.searchsorted(scale, scores, side) for side in ("left", "right"))
         return 1 + 4 * (below + upto) / len(scale)
-    ranks = np.asarray(label["ranks"], float)
     low, high = ranks.min(), ranks.max()                # held_out_methods may have taken the best
     return np.full(len(ranks), 5.0) if low == high else 9 - 8 * (ranks - low) / (high - low)
 

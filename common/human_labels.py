@@ -59,7 +59,7 @@ def rank_margin(log_nu: float) -> float:
 
 def aggregate(groups: dict[str, list[str]], judged: list[dict]) -> dict[str, dict[str, dict]]:
     """
-    Group id -> axis -> {ranks, scores (strengths), source, votes} where the comparisons connect all candidates.
+    Group id -> axis -> {ranks, scores (strengths), source, votes, scale} where the comparisons connect all candidates.
 
     Groups and axes without enough judgements are absent. overall: the mean of both strengths, where both are known.
     """
@@ -90,7 +90,8 @@ def aggregate(groups: dict[str, list[str]], judged: list[dict]) -> dict[str, dic
 
 def label(strengths: np.ndarray, margin: float, votes: int) -> dict:
     scores = [round(float(value), 4) for value in strengths]
-    return {"ranks": metrics.ranks(scores, margin), "scores": scores, "source": "human", "votes": votes}
+    return {"ranks": metrics.ranks(scores, margin), "scores": scores, "source": "human", "votes": votes,
+            "scale": "group"}                                           # see labels.common_scores
 
 
 def set_labels(folder: Path, kind: str, without: list[str]) -> None:

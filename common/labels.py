@@ -12,7 +12,16 @@ from common.data import AXES
 @dataclass
 class Labels:                           # NaN where a group has no label on an axis
     ranks: np.ndarray                   # [G, C, 3] 1 is best
-    scores: np.ndarray                  # [G, C, 3] proxy score or MOS; NaN, too, where a label has ranks only
+    scores: np.ndarray                  # [G, C, 3] proxy score or MOS; NaN, too, where there are no common_scores
+
+
+def common_scores(label: dict) -> list[float]:
+    """
+    A label's scores, if those of different groups compare; else [].
+
+    Strengths and win shares from votes do not: one group's are spread wider than another's where more votes were cast.
+    """
+    return [] if label.get("scale") == "group" else label.get("scores") or []
 
 
 def label_arrays(groups: list[dict]) -> Labels:
@@ -21,7 +30,7 @@ def label_arrays(groups: list[dict]) -> Labels:
     for g, group in enumerate(groups):
         for axis, label in group["labels"].items():
             ranks[g, :, AXES.index(axis)] = label["ranks"]
-            scores[g, :, AXES.index(axis)] = label.get("scores") or np.nan
+            scores[g, :, AXES.index(axis)] = common_scores(label) or np.nan
     return Labels(ranks, scores)
 
 
@@ -57,7 +66,7 @@ def method_prior(groups: list[dict], train: list[dict], labels: Labels,
     """
     [G, C, 3] the mean label of a candidate's method in training; the mean of that table for an unseen method.
 
-    labels: of `train`. Scores, or minus the ranks on an axis where not every training group has scores. NaN where
+    labels: of `train`. Scores, or minus the ranks on an axis where not every training group has common ones. NaN where
     nothing is known. held_out: methods that training was not shown, and neither is this.
     """
     values = np.where(np.isnan(labels.scores).any((0, 1)), -labels.ranks, labels.scores)

@@ -16,7 +16,8 @@ def correlations(scores: np.ndarray, labels: Labels, seed: int) -> dict[str, dic
     Kind -> axis -> {value, ci95}: mean over groups of a correlation inside the group, from scores [G, C, 3].
 
     srcc: Spearman's with minus the rank; krcc: Kendall's tau-b with the same; plcc: Pearson's with the label's score
-    (None where labels have ranks only). A group that ties everything, on either side, has none and is left out.
+    (None where labels have ranks only, or scores of votes). A group that ties everything, on either side, has none and
+    is left out.
     """
     kinds = {"srcc": (spearmanr, -labels.ranks), "krcc": (kendalltau, -labels.ranks), "plcc": (pearsonr, labels.scores)}
     result = {}

@@ -46,7 +46,7 @@ def win_shares(wins: np.ndarray) -> np.ndarray:
 
 def label(count: int, votes: list[dict], margin: float, *, source: str) -> dict | None:
     """
-    {ranks, scores, source, votes} of `count` candidates from votes {a, b: indices, choice: one of CHOICES}.
+    {ranks, scores, source, votes, scale} of `count` candidates from votes {a, b: indices, choice: one of CHOICES}.
 
     Scores: win_shares; ranks: those less than `margin` below the best of a rank share it. None if the votes do not
     connect all candidates.
@@ -55,4 +55,5 @@ def label(count: int, votes: list[dict], margin: float, *, source: str) -> dict 
     if not connected(wins):
         return None
     scores = [round(float(share), 4) for share in win_shares(wins)]
-    return {"ranks": metrics.ranks(scores, max(margin, 1e-9)), "scores": scores, "source": source, "votes": votes}
+    return {"ranks": metrics.ranks(scores, max(margin, 1e-9)), "scores": scores, "source": source, "votes": votes,
+            "scale": "group"}                                           # see labels.common_scores

@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from annotation_server import Server, build_small, read_lines, request, stage_folder
-from common import agreement, annotate, cohorts, data, human_labels, judgements, metrics, pairs
+from common import agreement, annotate, cohorts, data, human_labels, judgements, labels, metrics, pairs
 from conftest import ROOT, run_stage
 
 PICTURES = defaultdict(lambda: "0123456789abcdef")       # of any group
@@ -196,6 +196,27 @@ def test_labels_only_where_the_comparisons_connect_all_candidates():
     assert overall["scores"] == pytest.approx(np.mean(both, axis=0), abs=1e-4) and overall["votes"] == 2
     again = [*lines, line("ann", "g1", ["g1_1", "g1_3", "g1_0", "g1_2"], "consistency", [1, 2, 3, 4], repeat_of="tg1")]
     assert human_labels.aggregate(GROUPS, again) == labels, "hidden repeats have no second vote"
+
+
+def test_how_often_a_group_was_judged_does_not_change_what_its_candidates_teach():
+    """Of two groups with the same order one was judged five times as often: its strengths lie farther apart."""
+    lines = []
+    for group, times in (("g0", 1), ("g1", 5)):
+        names = GROUPS[group]
+        lines += [line(f"a{n}", group, names, "consistency", [1, 2, 3, 4]) for n in range(times)]
+    few, many = (human_labels.aggregate(GROUPS, lines)[group]["consistency"] for group in ("g0", "g1"))
+    assert np.ptp(many["scores"]) > 1.5 * np.ptp(few["scores"])
+    groups = [{"id": name, "candidates": [{"method": f"m{i}"} for i in range(4)], "labels": {"consistency": own}}
+              for name, own in (("few", few), ("many", many))]
+    arrays = labels.label_arrays(groups)
+    assert np.isnan(arrays.scores).all()
+    scale = np.sort([s for own in (few, many) for s in labels.common_scores(own)])
+    for own in (few, many):
+        assert cohorts.digit_targets(own, scale).tolist() == pytest.approx([9, 9 - 8 / 3, 1 + 8 / 3, 1])
+    assert labels.method_prior(groups, groups, arrays)[0, :, 0].tolist() == [-1, -2, -3, -4]
+    proxy = {"ranks": [1, 2], "scores": [0.9, 0.2], "source": "proxy", "votes": None}
+    assert cohorts.digit_targets(proxy, np.array([0.2, 0.9])).tolist() == [7, 3]
+    assert cohorts.digit_targets({"ranks": [1, 1, 1]}, scale).tolist() == [5, 5, 5]
 
 
 # agreement -------------------------------------------------------------------------------------------------
@@ -609,7 +630,9 @@ def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_r
     assert kinds == {(), ("consistency",), data.AXES}
     train, scale = cohorts.load_cohorts(source, "train")
     assert len(train) == 24 - 24 // 7 and np.isnan(train[0].ranks[:, 1:]).all() and not np.isnan(train[1].ranks).any()
-    assert all(len(own) for own in scale)
+    assert not any(map(len, scale)), "strengths of different groups do not compare"
+    for axis in range(3):
+        assert {(c.targets[:, axis].min(), c.targets[:, axis].max()) for c in train[1:]} <= {(1, 9), (5, 5)}
     for number, settings in (("02", ("cold_start_steps=6", "steps=2", "eval_every=2")),
                              ("03", ("sampled_groups=0",))):
         done = run_stage(number, toy_config, f"run={tmp_path}", *settings)

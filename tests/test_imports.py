@@ -342,6 +342,7 @@ def test_rule_of_votes():
     def cast(*triples):
         return [{"a": a, "b": b, "choice": choice} for a, b, choice in triples]
     label = votes.label(3, cast((0, 1, "b"), (1, 2, "a"), (0, 2, "tie")), 0.05, source="import")
+    assert label["scale"] == "group", "the same votes ten times over give other win shares"
     assert label["ranks"] == [2, 1, 2] and label["scores"][1] > 0.8 and label["scores"][0] == label["scores"][2]
     cycle = votes.label(3, cast((0, 1, "a"), (1, 2, "a"), (2, 0, "a")), 0.05, source="import")
     assert cycle["ranks"] == [1, 1, 1] and cycle["scores"] == [0.5] * 3
