@@ -16,8 +16,9 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from common import agreement, data, judgements, metrics, run
+from common import agreement, data, judgements, metrics, quality, run, run_index
 from common.contact_sheet import contact_sheet
+from common.files import plain
 from common.jobs import write_lines
 
 PRIOR = 1.5                     # log odds; one judgement then pulls two candidates apart by about 1
@@ -96,11 +97,12 @@ def label(strengths: np.ndarray, margin: float, votes: int) -> dict:
 
 def set_labels(folder: Path, kind: str, without: list[str]) -> None:
     """
-    Make `human` labels, or those that were built (`proxy`), the labels of groups.jsonl and of the manifest.
+    Make `human` labels, or those that were built (`proxy`), the labels of groups.jsonl and of what is said about it.
 
     The others are kept beside them, so that either can be had again, byte by byte. without: annotators left out.
     """
-    groups, manifest = data.all_groups(folder), run.read_json(folder / "manifest.json")
+    groups, manifest, old = data.all_groups(folder), *(run.read_json(folder / name) for name in
+                                                      ("manifest.json", "quality.json"))
     names = {group["id"]: [candidate["id"] for candidate in group["candidates"]] for group in groups}
     if kind == "human":
         pictures = {group["id"]: judgements.pictures_of(group) for group in groups}
@@ -116,29 +118,33 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
         for group in groups:
             group.setdefault("proxy_labels", group["labels"])
             group["labels"] = labels[group["id"]]
+        found = quality.check(groups, old["near_duplicates"])
         manifest.setdefault("proxy_results", manifest["results"])
-        manifest["results"] = manifest["proxy_results"] | headline(groups) | {"annotators": len(report["annotators"])}
+        manifest.setdefault("proxy_answers", old.get("label_model"))
+        manifest["results"] = plain(manifest["proxy_results"] | quality.headline(found) | counts(groups)
+                                    | {"annotators": len(report["annotators"])})
         report |= {"labels": manifest["results"]}
         run.write_json(folder / "annotation_report.json", report)
         run.write_bytes(folder / "annotation_report.md", agreement.markdown(report).encode())
     else:
         for group in groups:
             group["labels"] = group.pop("proxy_labels", group["labels"])
+        found = quality.check(groups, old["near_duplicates"], manifest.pop("proxy_answers", old.get("label_model")))
         manifest["results"] = manifest.pop("proxy_results", manifest["results"])
     write_lines(folder / "groups.jsonl", groups)
     run.write_json(folder / "manifest.json", manifest)
+    run.write_json(folder / "quality.json", found)
     contact_sheet(folder, groups)
+    quality.show(found)
+    run_index.write(folder.parent)
     print(f"labels: {kind}, " + json.dumps(manifest["results"]))
     for stem in ("02_train_reward", "03_eval_reward"):
         if (folder.parent / stem / "config.yaml").exists():
             print(f"{folder.parent / stem} was made with the labels as they were: use another run= or delete it")
 
 
-def headline(groups: list[dict]) -> dict:
-    """Results for the manifest; what is true of proxy labels only is null."""
+def counts(groups: list[dict]) -> dict:
+    """How many groups people have labeled, for the manifest."""
     labeled = [group for group in groups if group["labels"]]
-    ranks = [group["labels"]["overall"]["ranks"] for group in labeled if "overall" in group["labels"]]
-    pairs = int(metrics.pair_accuracy(ranks, ranks)[2].sum()) if ranks else 0
-    counts = {split: sum(group["split"] == split for group in labeled) for split in data.SPLITS}
-    return {"pairs": pairs, "label_source": "human", "method_prior": None, "axis_correlation": None,
-            "labeled_groups": counts, "labeled_overall": len(ranks)}
+    return {"labeled_groups": {split: sum(group["split"] == split for group in labeled) for split in data.SPLITS},
+            "labeled_overall": sum("overall" in group["labels"] for group in labeled)}

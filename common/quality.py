@@ -60,7 +60,12 @@ def label_statistics(labeled: list[dict], labels: Labels, a: int) -> dict:
     spread = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).round(4).tolist() if len(known) else None
     return {"groups": len(own), "sources": sorted({label["source"] for label in own}), "pairs": ordered,
             "tied": round(1 - ordered / total, 4) if total else None, "score_quartiles": spread,
-            "votes": sum(len(label["votes"] or []) for label in own)}
+            "votes": sum(counted(label["votes"]) for label in own)}
+
+
+def counted(votes: list | int | None) -> int:
+    """How many votes a label has: a list of them, or of people's judgements the number alone."""
+    return votes if isinstance(votes, int) else len(votes or [])
 
 
 def method_statistics(groups: list[dict]) -> dict[str, dict]:
