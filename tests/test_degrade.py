@@ -48,30 +48,97 @@ def test_order_of_steps():
     assert ends == {("jpeg", "resize"), ("jpeg", "resize", "blur"), ("resize", "jpeg"), ("resize", "blur", "jpeg")}
 
 
-@pytest.mark.parametrize("kind", degrade.PASSES)
-def test_draws_follow_the_table(kind):
-    params = [degrade.sample_params(seed, kind, 4)["steps"] for seed in range(800)]
-    first, second = degrade.PASSES[kind]
-    blurs = [steps[0] for steps in params]
-    assert 0.07 < np.mean([step["shape"] == "sinc" for step in blurs]) < 0.13
-    plain = [step for step in blurs if step["shape"] != "sinc"]
+def test_the_tables_are_the_published_ones():
+    """Real-ESRGAN's training configuration, and the lighter one of SeeSR: written out, not read from the code."""
+    assert degrade.PASSES["realesrgan"] == (
+        {"blur": 1.0, "sigma": 3.0, "resize": (0.15, 1.5), "gauss": (1, 30), "poisson": (0.05, 3.0), "jpeg": (30, 95)},
+        {"blur": 0.8, "sigma": 1.5, "resize": (0.3, 1.2), "gauss": (1, 25), "poisson": (0.05, 2.5), "jpeg": (30, 95)})
+    assert degrade.PASSES["light"] == (
+        {"blur": 1.0, "sigma": 3.0, "resize": (0.3, 1.5), "gauss": (1, 15), "poisson": (0.05, 2.0), "jpeg": (60, 95)},
+        {"blur": 0.5, "sigma": 1.5, "resize": (0.6, 1.2), "gauss": (1, 12), "poisson": (0.05, 1.0), "jpeg": (60, 100)})
+    assert dict(zip(degrade.SHAPES, degrade.SHAPE_ODDS, strict=True)) == {
+        "iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12,
+        "plateau_aniso": 0.03}
+    assert degrade.WAYS == ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3))
+    assert degrade.BETAS == {"generalized": ((0.5, 1), (1, 4)), "plateau": ((1, 1), (1, 2))}
+    assert degrade.LAST_CUTOFF["realesrgan"] == degrade.LAST_CUTOFF["light"] == math.pi / 3
+
+
+def fills(values, low, high) -> bool:
+    """Whether they lie in the range and come near both of its ends."""
+    near = 0.06 * (high - low)
+    return low <= min(values) <= low + near and high - near <= max(values) <= high
+
+
+def parted(steps: list[dict]) -> tuple[list, list, list]:
+    """[blur | None, resize, noise, jpeg] of both passes, and [resize, blur | None, whether JPEG comes last]."""
+    rest = steps[4:] if steps[4]["op"] == "blur" else [None, *steps[4:]]
+    last = {step["op"]: step for step in rest[3:]}
+    return steps[:4], [*rest[:3], last["jpeg"]], [last["resize"], last.get("blur"), rest[-1]["op"] == "jpeg"]
+
+
+@pytest.fixture(scope="module", params=degrade.PASSES)
+def drawn(request):
+    """(kind, first passes, second passes, ends) of 1500 seeds."""
+    return request.param, *zip(*(parted(degrade.sample_params(seed, request.param, 4)["steps"])
+                                 for seed in range(1500)))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_draws_follow_the_table(drawn, which):
+    kind, table, ways = drawn[0], degrade.PASSES[drawn[0]][which], degrade.WAYS[which]
+    blurs, resizes, noises, jpegs = zip(*drawn[1 + which])
+    made = [step for step in blurs if step]
+    assert abs(len(made) / len(blurs) - table["blur"]) < 0.04
+    plain = [step for step in made if step["shape"] != "sinc"]
+    assert 0.07 < 1 - len(plain) / len(made) < 0.13
     for shape, odds in zip(degrade.SHAPES, degrade.SHAPE_ODDS):
-        assert abs(np.mean([step["shape"] == shape for step in plain]) - odds) < 0.06
-    assert {step["size"] for step in blurs} == set(range(7, 22, 2))
-    assert all(0.2 <= step["sigma_x"] <= first["sigma"] for step in plain)
-    assert all(step["sigma_x"] == step["sigma_y"] for step in plain if not step["shape"].endswith("aniso"))
-    sizes = np.array([steps[1]["part"] for steps in params])
-    assert abs((sizes > 1).mean() - 0.2) < 0.06 and abs((sizes < 1).mean() - 0.7) < 0.06
-    assert first["resize"][0] <= sizes.min() and sizes.max() <= first["resize"][1]
-    noises = [steps[2] for steps in params]
+        assert abs(np.mean([step["shape"] == shape for step in plain]) - odds) < 0.05
+    assert {step["size"] for step in made} == set(range(7, 22, 2))
+    assert fills([step["sigma_x"] for step in plain], 0.2, table["sigma"])
+    uneven = [step for step in plain if step["shape"].endswith("aniso")]
+    assert fills([step["sigma_y"] for step in uneven], 0.2, table["sigma"])
+    assert fills([step["angle"] for step in uneven], -math.pi, math.pi)
+    assert all(step["sigma_x"] == step["sigma_y"] and not step["angle"] for step in plain if step not in uneven)
+
+    sizes = np.array([step["part"] for step in resizes]) * (1, 4)[which]
+    assert abs((sizes > 1).mean() - ways[0]) < 0.04 and abs((sizes < 1).mean() - ways[1]) < 0.04
+    assert abs((sizes == 1).mean() - ways[2]) < 0.04 and fills(sizes, *table["resize"])
+    assert fills(sizes[sizes > 1], 1, table["resize"][1]) and fills(sizes[sizes < 1], table["resize"][0], 1)
+    for mode in ("area", "bilinear", "bicubic"):
+        assert abs(np.mean([step["mode"] == mode for step in resizes]) - 1 / 3) < 0.04
+
     gaussian = [step["amount"] * 255 for step in noises if step["type"] == "gaussian"]
-    assert abs(len(gaussian) / len(noises) - 0.5) < 0.06
-    assert first["gauss"][0] <= min(gaussian) and max(gaussian) <= first["gauss"][1]
-    assert abs(np.mean([step["gray"] for step in noises]) - 0.4) < 0.06
-    qualities = [steps[3]["quality"] for steps in params]
-    assert (min(qualities), max(qualities)) == first["jpeg"]
-    assert abs(np.mean([steps[4]["op"] == "blur" for steps in params]) - second["blur"]) < 0.06
+    assert abs(len(gaussian) / len(noises) - 0.5) < 0.04 and fills(gaussian, *table["gauss"])
+    assert fills([step["amount"] for step in noises if step["type"] == "poisson"], *table["poisson"])
+    assert abs(np.mean([step["gray"] for step in noises]) - 0.4) < 0.04
     assert len({step["seed"] for step in noises}) == len(noises)
+    qualities = [step["quality"] for step in jpegs]
+    assert (min(qualities), max(qualities)) == table["jpeg"], kind
+
+
+def test_exponents_and_cutoffs_of_kernels(drawn):
+    blurs = [steps[0] for way in drawn[1:3] for steps in way if steps[0]]
+    betas = {start: np.array([step["beta"] for step in blurs if step["shape"].startswith(start)])
+             for start in ("iso", "aniso", "generalized", "plateau")}
+    assert set(betas["iso"]) == set(betas["aniso"]) == {1}
+    low, high = (betas["generalized"][own] for own in (betas["generalized"] < 1, betas["generalized"] > 1))
+    assert fills(low, 0.5, 1) and fills(high, 1, 4) and 0.4 < len(low) / len(betas["generalized"]) < 0.6
+    plateau = betas["plateau"]
+    assert 0.4 < (plateau == 1).mean() < 0.6 and fills(plateau[plateau > 1], 1, 2)
+    for small, lowest in ((True, math.pi / 3), (False, math.pi / 5)):
+        cutoffs = [step["cutoff"] for step in blurs if step["shape"] == "sinc" and (step["size"] < 13) == small]
+        assert fills(cutoffs, lowest, math.pi)
+
+
+def test_the_end_is_a_resize_often_a_sinc_filter_and_jpeg_before_or_after(drawn):
+    resizes, sincs, jpeg_last = zip(*drawn[3])
+    assert {step["part"] for step in resizes} == {0.25}
+    made = [step for step in sincs if step]
+    assert abs(len(made) / len(sincs) - 0.8) < 0.04 and {step["shape"] for step in made} == {"sinc"}
+    assert fills([step["cutoff"] for step in made], degrade.LAST_CUTOFF[drawn[0]], math.pi)
+    assert {step["size"] for step in made} == set(range(7, 22, 2))
+    assert abs(np.mean(jpeg_last) - 0.5) < 0.04
 
 
 def test_kernels_sum_to_one_and_are_symmetric():
@@ -93,6 +160,10 @@ def test_kernel_shapes():
     assert (weights.sum(1) * x**2).sum() > 5 * (weights.sum(0) * x**2).sum()
     plateau = degrade.kernel(narrow | {"shape": "plateau_iso"})
     assert plateau[10, 14] / plateau[10, 10] == pytest.approx(1 / (1 + 4))   # (4 px / sigma 2)^2 = 4
+    steep = degrade.kernel(narrow | {"shape": "plateau_iso", "beta": 2.0})
+    assert steep[10, 14] / steep[10, 10] == pytest.approx(1 / (1 + 4**2))
+    boxy = degrade.kernel(narrow | {"shape": "generalized_iso", "beta": 2.0})
+    assert boxy[10, 14] / boxy[10, 10] == pytest.approx(math.exp(-0.5 * 4**2))
     whole = degrade.kernel({"op": "blur", "shape": "sinc", "size": 21, "cutoff": math.pi})
     half = degrade.kernel({"op": "blur", "shape": "sinc", "size": 21, "cutoff": math.pi / 2})
     assert whole.max() == pytest.approx(whole[10, 10]) and half[10, 10] < whole[10, 10] / 3
@@ -132,6 +203,15 @@ def test_noise(kind, gray):
         assert added.std() == pytest.approx(0.05, rel=0.03) and abs(added.mean()) < 0.002
     else:
         assert added[:, :64].std() > 1.1 * added[:, 64:].std()
+
+
+def test_poisson_noise_has_the_variance_of_its_levels_and_the_asked_scale():
+    image = np.tile(np.linspace(0.35, 0.65, 128, dtype=np.float32)[None, :, None], (128, 1, 3))
+    step = {"op": "noise", "type": "poisson", "gray": False, "seed": 3}
+    half, whole = (degrade.noise(image, step | {"amount": amount}) - image for amount in (0.5, 1.0))
+    assert np.allclose(whole, 2 * half, atol=1e-6)
+    levels = 128                                                             # 77 different values of 255
+    assert whole.std() == pytest.approx(math.sqrt(0.5 / levels), rel=0.03)
 
 
 def test_jpeg():
