@@ -3,8 +3,8 @@ HR to LR: Real-ESRGAN's second-order degradation (Wang et al. 2021, arXiv 2107.1
 configuration), the `light` variant of SeeSR, a `mild` one of ours, and plain `bicubic`. Own code.
 
 `sample_params(seed, kind, scale)` returns every random choice as a JSON dict whose `steps` are in order of
-work; `apply(image, params)` only computes. Two differences to Real-ESRGAN: resizing is anti-aliased (theirs
-samples without a filter), and the HR image is not sharpened first.
+work; `apply(image, params)` only computes. Differences to Real-ESRGAN: resizing is anti-aliased (theirs samples
+without a filter), HR is not sharpened first, and gray Poisson noise follows the mean of R, G, B (theirs the luma).
 """
 import io
 import math
