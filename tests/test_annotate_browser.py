@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -268,3 +269,29 @@ def test_a_full_disk_is_said_and_the_answer_is_not_lost(config, browser):
         page.click("#alert button")
         page.wait("document.querySelector('#alert').hidden && !busy")
         assert [line["ranks"] for line in read_lines(config)] == [[1, 2]]
+
+
+def test_nobody_judges_pictures_that_did_not_load(config, browser):
+    with Server(config) as server:
+        page = browser(server.base, 1280, 800)
+        pictures = Path(json.loads(config.read_text())["run"]) / "01_build_dataset" / "candidates"
+        page.answer("left")
+        pictures.rename(pictures.with_name("away"))
+        page.wait("!busy && performance.now() - asked > 250")
+        page.key("right")
+        page.wait("!document.querySelector('#alert').hidden")
+        assert "A picture did not load" in page.js("document.querySelector('#alert').textContent")
+        assert page.js("document.querySelectorAll('#answers button').length") == 0
+        for key in ("left", "x", "z"):
+            page.key(key)
+        page.js("failed.first = true")
+        page.click("#alert button")                                     # still away
+        page.wait("failed && !failed.first")
+        assert len(read_lines(config)) == 2
+        pictures.with_name("away").rename(pictures)
+        page.click("#alert button")
+        page.wait("!busy && document.querySelector('#alert').hidden")
+        page.answer("left")
+        assert [line["ranks"] for line in read_lines(config)] == [[1, 2], [2, 1], [1, 2]]
+        shown = "[...document.querySelectorAll('.pane img')].every(i => i.complete && i.naturalWidth > 0)"
+        assert page.js(shown)
