@@ -1,7 +1,7 @@
 """
 Build the preference data set: photographs -> crops -> LR images -> several SR candidates per LR -> rankings.
 
-Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, under a minute
+Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 1.4 min
         python 01_build_dataset.py configs/demo.yaml hr_dir=/my/photographs run=runs/mine
         python 01_build_dataset.py configs/demo.yaml annotate=true           # then people compare candidates
         python 01_build_dataset.py configs/demo.yaml labels=human            # and what they said becomes the labels
@@ -33,7 +33,7 @@ import numpy as np
 
 from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, imports, metrics, photos, quality, run,
                     sources)
-from common.config import load_config
+from common.config import BOOLS, load_config
 from common.contact_sheet import contact_sheet, rows_of
 from common.data import AXES, SPLITS, read_image, write_png
 from common.jobs import run_jobs, stamp, start_pool, write_lines
@@ -97,7 +97,7 @@ class Config:
     annotate_without: list[str] = field(default_factory=list)   # annotators whose judgements do not become labels
     labels: str | None = None           # human: those from judgements.jsonl; proxy: as built; null: as they are
     # speed only ---------------------------------------------------------------------------------------------
-    workers: int = 0                    # processes; 0: one per CPU core. This is memory and speed
+    workers: int = 0                    # processes, 0: one per core that it may use; memory and speed
 
     def __post_init__(self):
         assert [self.hr_dir, self.lr_dir, self.import_from].count(None) == 2, \
@@ -121,6 +121,8 @@ class Config:
         may_be_0 = ("val_groups", "test_groups", "annotate_groups", "workers")
         for key in (*may_be_0, "train_groups", "hf_steps", "hf_batch", "label_batch"):
             assert vars(self)[key] >= (key not in may_be_0), f"{key} {vars(self)[key]} is too small"
+        assert self.export == "true" or (self.export or "").lower() not in BOOLS, \
+            f"export should be true or a folder, got {self.export!r}"
         sources.check(self.candidates, self.lr_dir is None, self.hf_prompt)
         assert self.label in ("proxy", "mllm"), f"label should be proxy or mllm, got {self.label!r}"
         assert (self.label == "mllm") == bool(self.label_model), "label: mllm and label_model belong together"
@@ -165,19 +167,17 @@ def plan_groups(cfg: Config, pictures: list[dict], near: list[dict]) -> list[dic
     named = {"val": cfg.val_sources, "test": cfg.test_sources}
     fractions = {"test": cfg.test_fraction if cfg.test_groups else 0,
                  "val": cfg.val_fraction if cfg.val_groups else 0}
-    names = sorted({picture["source"] for picture in pictures})
-    splits = photos.split_families(names, near, named, fractions, seed=cfg.seed)
+    splits = photos.split_families(sorted({p["source"] for p in pictures}), near, named, fractions, seed=cfg.seed)
     plan = []
     for split in SPLITS:
         own = [picture for picture in pictures if splits[picture["source"]] == split]
+        if counts[split] and not own:
+            run.fail(f"{split}_groups={counts[split]}, but no picture is for {split}: raise {split}_fraction")
         given = photos.shares(own, counts[split], cfg.max_source_share)
-        members = [{"id": "", "split": split} | {key: picture[key] for key in ("source", "path", "sha256")}
-                   for picture, count in zip(own, given) for _ in range(count)]
-        for number, group in enumerate(members):
-            group["id"] = f"{split}_{number:05d}"
-        for group in members:
-            group["foreign"] = choose_foreign(cfg, group, members)
-        plan += members
+        chosen = [picture for picture, count in zip(own, given) for _ in range(count)]
+        members = [{"id": f"{split}_{number:05d}", "split": split, "source": picture["source"],
+                    "path": picture["path"], "sha256": picture["sha256"]} for number, picture in enumerate(chosen)]
+        plan += [group | {"foreign": choose_foreign(cfg, group, members)} for group in members]
     return plan
 
 

@@ -12,6 +12,7 @@ No path of a request ever becomes a path on the disk. Whoever knows the token ma
 """
 import hmac
 import json
+import socket
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -70,12 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         wrong = annotation.wrong_name(record["annotator"])
         if wrong:
             return self.reply(400, {"error": wrong})
-        try:
-            with self.server.page.lock:
-                status, answer = action(self.server.page, record)
-        except OSError as error:
-            status, answer = 507, {"error": f"Not saved: {error.strerror}. Tell whoever runs this program."}
-        self.reply(status, answer)
+        self.reply(*annotation.act(self.server.page, action, record))
 
     def do_other(self):
         self.close_connection = True    # there may be a body
@@ -143,7 +139,7 @@ def serve(page: annotation.Page, host: str, port: int) -> None:
                  "(0: any free port)")
     server.page = page
     print(f"{len(page.groups)} groups to compare, {len(page.lines)} lines in {page.log.name}\n"
-          f"open  http://{host}:{server.server_port}/{page.token}/\n"
+          f"open  http://{socket.gethostname() if host == '0.0.0.0' else host}:{server.server_port}/{page.token}/\n"
           "Ctrl-C stops; every judgement is on the disk at once, and the same command goes on", flush=True)
     try:
         server.serve_forever()

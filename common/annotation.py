@@ -3,6 +3,7 @@ import io
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +102,15 @@ def undo(page: Page, body: dict) -> tuple[int, dict]:
 
 
 ACTIONS = {"judge": (judge, {"annotator", "task", "axis", "ranks", "seconds"}), "undo": (undo, {"annotator"})}
+
+
+def act(page: Page, action: Callable, body: dict) -> tuple[int, dict]:
+    """Status and answer of an action; 507 if it cannot be written: then nothing has changed."""
+    try:
+        with page.lock:
+            return action(page, body)
+    except OSError as error:
+        return 507, {"error": f"Not saved: {error.strerror}. Tell whoever runs this program."}
 
 
 def wrong_name(name: object) -> str | None:

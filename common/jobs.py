@@ -16,8 +16,9 @@ from common import guide, run
 
 
 def start_pool(workers: int) -> ProcessPoolExecutor | None:
-    """Worker processes (0: one per core), or None when one is asked for: then this process does the work."""
-    workers = workers or os.cpu_count()
+    """Worker processes (0: one per usable core), or None when one is asked for: then this process does the work."""
+    usable = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count()     # macOS lacks it
+    workers = workers or usable
     spawn = multiprocessing.get_context("spawn")            # a fork of a process with threads may hang
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) if workers > 1 else None
 

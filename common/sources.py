@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import external, photos, run
+from common import candidates, external, photos, run
 from common.data import read_image
 
 BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")
@@ -84,6 +84,8 @@ def check(entries: list[str], has_hr: bool, prompt: str) -> None:
             assert has_hr or name == "resample", \
                 f"candidates: {name!r} needs ground truth, which lr_dir has not; use resample, folder: or hf:"
     names = [source_name(entry) for entry in entries if is_external(entry)]
+    taken = {"hr", *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}.intersection(names)
+    assert not taken, f"candidates: {', '.join(sorted(taken))} is a method of our own: give the source another name"
     assert len(names) == len(set(names)), f"candidates: two folder: or hf: sources share a name ({names})"
 
 
@@ -111,7 +113,11 @@ def external_files(cfg, folder: Path, names: list[str]) -> dict[str, dict[str, s
     for entry in filter(is_external, expand(cfg.candidates)):
         place = where(folder, entry)
         paths = [path for path in sorted(place.glob("*")) if path.suffix.lower() in photos.SUFFIXES]
-        by_name = {path.stem: path for path in paths}
+        by_name = {}
+        for path in paths:
+            if by_name.setdefault(path.stem, path) != path:
+                run.fail(f"candidates: {entry}: {by_name[path.stem]} and {path.name} are both for one LR image: remove "
+                         "one of them")
         missing = [name for name in files if name not in by_name]
         if missing:
             run.fail(f"candidates: {entry}: {place} lacks {len(missing)} of {len(names)} outputs (first: "

@@ -482,6 +482,13 @@ def test_an_answer_on_a_full_disk_is_one_answer(config):
     assert [line["ranks"] for line in read_lines(config)] == [[1, 2], [2, 1]]
 
 
+def test_the_address_for_others_is_one_that_they_can_open(config):
+    with Server(config, "annotate_host=0.0.0.0") as server:
+        assert urlsplit(server.base).hostname == socket.gethostname().lower()
+        server.base = server.base.replace(urlsplit(server.base).netloc, f"127.0.0.1:{urlsplit(server.base).port}")
+        assert server.task("ann")["task"]
+
+
 def test_several_annotators_at_once_lose_nothing(config):
     with Server(config) as server:
         failed = []

@@ -189,6 +189,9 @@ def test_bad_files_are_skipped_and_named(stage, tmp_path):
     ("candidates=hr", "at least two"),
     ("candidates=hr,folder:x", "should look like folder:NAME=PATH"),
     ("candidates=hr,folder:a=/x,hf:a=/y", "share a name"),
+    ("candidates=hr,folder:bicubic=/x", "bicubic is a method of our own"),
+    ("candidates=hr,folder:hr=/x", "hr is a method of our own"),
+    ("export=false", "export should be true or a folder, got 'false'"),
     ("lr_dir=/tmp", "set one of hr_dir and lr_dir"),
     ("max_source_share=0", "max_source_share should be in (0, 1]"),
     ("tie_margin=-1", "tie_margin should be in 0..1"),
@@ -199,6 +202,12 @@ def test_wrong_settings_get_one_line(stage, tmp_path, override, words):
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode == 2 and len(errors) == 1 and words in errors[0], done.stderr
     assert not (tmp_path / "run" / "01_build_dataset").exists(), "a corrected setting must be accepted"
+
+
+def test_a_split_without_pictures_is_named_before_the_build(stage, tmp_path):
+    done = stage(write_config(tmp_path, val_sources=[], val_fraction=0))
+    assert done.returncode == 2 and "val_groups=1, but no picture is for val" in done.stderr
+    assert "crops" not in done.stderr and not (tmp_path / "run" / "01_build_dataset").exists()
 
 
 def test_a_typo_does_not_delete_what_people_judged(stage, tmp_path):
@@ -228,6 +237,10 @@ def test_folder_source_in_two_passes(stage, tmp_path):
     Image.new("RGB", (31, 32)).save(outputs / "train_00002.jpg")
     second = stage(config)
     assert second.returncode == 2 and "train_00002.jpg is 31x32, expected 32x32" in second.stderr
+    shutil.copy(folder / "lr" / "train_00001.png", outputs)
+    twice = stage(config)
+    assert twice.returncode == 2 and "train_00001.jpg and train_00001.png are both" in twice.stderr
+    (outputs / "train_00001.png").unlink()
     for path in (folder / "lr").glob("*.png"):                              # a better one: nothing of the first is left
         Image.open(path).resize((32, 32), Image.LANCZOS).save(outputs / f"{path.stem}.jpg", quality=90)
     third = stage(config)
@@ -340,6 +353,14 @@ def test_kernels_and_masks():
         assert abs(weights.sum() - 1) < 1e-12 and np.allclose(weights, weights[::-1, ::-1])
     mask = candidates.soft_mask((64, 64), 0.3, np.random.default_rng(0))
     assert mask.shape == (64, 64, 1) and abs(mask.mean() - 0.3) < 0.03
+
+
+def test_workers_are_as_many_as_the_cores_that_may_be_used():
+    """As under taskset, in a container or a cluster's job."""
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); " \
+           "from common import jobs; print(jobs.start_pool(0))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
 
 
 def square(job):
