@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -71,9 +70,7 @@ def judge() -> Judge:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_reply_in_any_other_form_has_no_score(name):
-    started = time.time()
-    assert mllm.parse_reply(REFUSED[name]) is None
-    assert time.time() - started < 5                            # no backtracking blow-up, on a busy machine
+    assert mllm.parse_reply(REFUSED[name]) is None              # with backtracking 100 kB would take hours
 
 
 def test_replies_in_the_asked_form():
