@@ -225,7 +225,7 @@ def photographs(cfg: Config, made_with: dict, policy: Policy) -> dict[str, Path]
     made_with: stage 01's settings. Stops if a crop has no size that the policy can restore.
     """
     hr_dir, scale = made_with["hr_dir"], made_with["scale"]
-    if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or Path(hr_dir).is_dir()):
+    if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or photos.listed(Path(hr_dir))):
         return {}
     unit, side = scale * policy.multiple, cfg.large_size // scale
     if cfg.large_size % unit:

@@ -58,7 +58,7 @@ def append(log: BinaryIO, record: dict) -> dict:
 
 def pictures_of(group: dict) -> str:
     """16 hex digits for the bytes of LR and candidates: ids are the same in every data set."""
-    sums = [group["sha256"][path] for path in (group["lr"], *(one["path"] for one in group["candidates"]))]
+    sums = [group.get("sha256", {}).get(path, "") for path in (group["lr"], *(one["path"] for one in group["candidates"]))]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
 
 
@@ -85,13 +85,13 @@ def read(path: Path, groups: dict[str, list[str]], pictures: dict[str, str]) -> 
 
 def invalid(line: object, groups: dict[str, list[str]], pictures: dict[str, str], known: set[str]) -> str | None:
     """What is wrong with a line, or None. known: the ids of the lines before it."""
-    if not isinstance(line, dict) or set(line) not in (KEYS, UNDO_KEYS):
+    if not isinstance(line, dict) or set(line) not in (KEYS, KEYS - {"pictures"}, UNDO_KEYS):    # the second: older
         return f"expected an object with the keys {', '.join(sorted(KEYS))}, or {', '.join(sorted(UNDO_KEYS))}"
     if "revokes" in line:
         return None if line["revokes"] in known else f"it revokes {line['revokes']!r}, which is not above it"
     if line["group"] not in groups:
         return f"group {line['group']!r} is not in this data set"
-    if line["pictures"] != pictures[line["group"]]:
+    if line.get("pictures", pictures[line["group"]]) != pictures[line["group"]]:
         return f"it was given for other pictures than those of {line['group']} here: this file belongs to another build"
     shown = line["candidates"]
     if not isinstance(shown, list) or len(set(map(str, shown))) < max(2, len(shown)):

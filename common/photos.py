@@ -30,11 +30,15 @@ def find(folder: str, key: str) -> list[tuple[str, Path]]:
     root = Path(folder)
     if not root.is_dir():
         run.fail(f"{key}: {root} is not a folder: give a folder of pictures")
-    # a broken link stays in the list, so that it is named as skipped
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    paths = listed(root)
     if not paths:
         run.fail(f"{key}: {root} holds no picture ({' '.join(SUFFIXES)}): give a folder of pictures")
     return [(path.relative_to(root).with_suffix("").as_posix(), path) for path in paths]
+
+
+def listed(root: Path) -> list[Path]:
+    """All pictures below a folder, by suffix; a broken link is one of them, so that it is named as skipped."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
 
 
 def luma(image: np.ndarray) -> np.ndarray:

@@ -54,6 +54,7 @@ def choose_rows(cohort: Cohort, judge: Judge, reference: Judge | None = None) ->
     judge.plain_rows = not all(error <= most for error, most in zip(worst, TOLERANCE[judge.net.dtype]))
     dist.print0(f"shared prefixes differ too much on this model ({told}): one plain row per reply instead, several "
                 "times slower" if judge.plain_rows else f"shared prefixes checked on this model: {told}")
+    judge.model.eval()                                                      # a run that is done learning only samples
     if reference:
         reference.plain_rows = judge.plain_rows
     return judge

@@ -42,7 +42,7 @@ def shared_files(groups: list[dict]) -> list[list[str]]:
     """[file, file] of equal LR or HR pictures in different splits."""
     seen, shared = {}, []
     for group in groups:
-        for path in filter(None, (group["lr"], group["hr"])):
+        for path in filter(group.get("sha256", {}).get, filter(None, (group["lr"], group["hr"]))):
             split, first = seen.setdefault(group["sha256"][path], (group["split"], path))
             if split != group["split"]:
                 shared.append([first, path])

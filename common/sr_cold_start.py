@@ -67,6 +67,9 @@ def adopt(folder: Path, cfg) -> None:
                      "delete this folder so that it is trained anew")
     wanted = sr_policy.timed(sampler, cfg.denoise_steps, [int(time) for time in cfg.step_list])
     wanted = replace(wanted, solver=cfg.solver)
+    if wanted != sampler and folder.is_symlink():
+        run.fail(f"{folder} is a link to the cold start of a run with other denoise_steps, step_list or solver, and its "
+                 "sampler.json would change: copy that folder")
     dist.barrier()                                                      # every rank has read it
     if dist.is_main() and wanted != sampler:
         run.write_json(folder / "sampler.json", asdict(wanted))

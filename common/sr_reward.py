@@ -82,7 +82,7 @@ def advantages_of(cfg, judged: Tensor, fidelity: Tensor, floor: Tensor | None = 
     judged, fidelity = (torch.where(valid, rewards, torch.nan) for rewards in (judged, fidelity))
     useful = spread(judged) > cfg.std_floor
     if cfg.aggregate == "advantages":
-        total = scaled(cfg, judged) + cfg.guard_weight * scaled(cfg, fidelity, cfg.fidelity_std_floor)
+        total = scaled(cfg, judged) + cfg.guard_weight * scaled(cfg, fidelity, max(cfg.fidelity_std_floor, 1e-4))
     else:
         total = scaled(cfg, judged + cfg.guard_weight * fidelity)
     total = total.clamp(-cfg.advantage_clip, cfg.advantage_clip) * useful[:, None]

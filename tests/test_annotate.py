@@ -291,6 +291,9 @@ def test_a_cut_last_line_is_dropped_and_anything_else_is_named(tmp_path, capsys)
         judgements.append(log, {"time": 0.0, "annotator": "ann", "revokes": first["id"]})
     lines = judgements.read(path, GROUPS, PICTURES)
     assert path.read_bytes().startswith(whole) and len(lines) == 2 and judgements.live(lines) == []
+    older = {key: value for key, value in first.items() if key != "pictures"} | {"id": "older"}
+    path.write_bytes(whole + json.dumps(older).encode() + b"\n")
+    assert judgements.read(path, GROUPS, PICTURES) == [first, older]           # what people said is not lost
     for wrong, word in (("nonsense\n", "JSON"), ("[]\n", "keys"), ('{"id": 1}\n', "keys"),
                         (json.dumps(first | {"group": "g9"}) + "\n", "g9"),
                         (json.dumps(first | {"pictures": "0" * 16}) + "\n", "another build"),

@@ -148,6 +148,7 @@ def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tm
     (loss, kept), (again, computed) = found
     assert held[1] < held[0] / 3 and loss == again
     assert all(torch.equal(*pair) for pair in zip(kept, computed, strict=True))
+    assert prefix_check.choose_rows(cohort_of(0, 2), own).model.training is False        # it may be about to sample
 
 
 def test_plain_rows_are_what_transformers_computes_from_pixels(judge):

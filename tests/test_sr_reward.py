@@ -79,6 +79,9 @@ def test_meaningless_differences_of_lr_psnr_do_not_outvote_the_judge():
     assert found[0].argsort().tolist() == [0, 1, 2, 3]
     assert found[1].tolist() == pytest.approx(loops(cfg, judged[1:].tolist(), fidelity[1:].tolist())[0], abs=1e-4)
     assert found[1].argsort().tolist() != [0, 1, 2, 3]
+    level = torch.full((2, 4), 30.0)                                           # without a floor: as the judge says
+    found = sr_reward.advantages_of(replace(cfg, fidelity_std_floor=0.0), judged, level)[0]
+    assert torch.allclose(found, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("aggregate", ["advantages", "rewards"])
@@ -282,6 +285,14 @@ def test_a_cold_start_of_another_run_denoises_as_the_settings_say(toy_config, st
         assert stop.value.code == 2
         key = setting.partition("=")[0]
         assert f"cold_start was trained with {key}={before}, the setting is {now}" in capsys.readouterr().err
+    (tmp_path / "linked" / "04_train_sr_grpo").mkdir(parents=True)
+    for name in ("01_build_dataset", "02_train_reward", "04_train_sr_grpo/cold_start"):
+        (tmp_path / "linked" / name).symlink_to(started / name)
+    kept = (started / "04_train_sr_grpo/cold_start/sampler.json").read_bytes()
+    with pytest.raises(SystemExit):
+        tune(toy_config, started, tmp_path / "linked", "steps=0", "solver=dpm")
+    assert "copy that folder" in capsys.readouterr().err
+    assert (started / "04_train_sr_grpo/cold_start/sampler.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("steps", [1, 2])

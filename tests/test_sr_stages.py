@@ -330,7 +330,9 @@ def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsy
     assert text.count("no larger crop of gone") == text.count("no larger crop of torn") == 1
     assert {"motorcycle", "grace_hopper"} <= set(stage.photographs(cfg, made_with | {"hr_dir": "skimage"},
                                                                    policies["tuned"]))
+    (tmp_path / "empty").mkdir()
     for other, changes in ((made_with | {"hr_dir": None}, {}), (made_with | {"hr_dir": str(tmp_path / "no")}, {}),
+                           (made_with | {"hr_dir": str(tmp_path / "empty")}, {}),
                            (made_with | {"scale": 3}, {"large_crops": 0})):
         cut = replace(cfg, **changes)
         assert stage.photographs(cut, other, policies["tuned"]) == {}
