@@ -26,6 +26,7 @@ from common import run
 NAME = "judgements.jsonl"
 ASKED = ("consistency", "naturalness")
 KEYS = {"id", "time", "annotator", "group", "pictures", "task", "candidates", "axis", "ranks", "seconds", "repeat_of"}
+OLDER_KEYS = KEYS - {"pictures"}
 UNDO_KEYS = {"id", "time", "annotator", "revokes"}
 
 
@@ -58,7 +59,8 @@ def append(log: BinaryIO, record: dict) -> dict:
 
 def pictures_of(group: dict) -> str:
     """16 hex digits for the bytes of LR and candidates: ids are the same in every data set."""
-    sums = [group.get("sha256", {}).get(path, "") for path in (group["lr"], *(one["path"] for one in group["candidates"]))]
+    paths = group["lr"], *(one["path"] for one in group["candidates"])
+    sums = [group.get("sha256", {}).get(path, "") for path in paths]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
 
 
@@ -85,7 +87,7 @@ def read(path: Path, groups: dict[str, list[str]], pictures: dict[str, str]) -> 
 
 def invalid(line: object, groups: dict[str, list[str]], pictures: dict[str, str], known: set[str]) -> str | None:
     """What is wrong with a line, or None. known: the ids of the lines before it."""
-    if not isinstance(line, dict) or set(line) not in (KEYS, KEYS - {"pictures"}, UNDO_KEYS):    # the second: older
+    if not isinstance(line, dict) or set(line) not in (KEYS, OLDER_KEYS, UNDO_KEYS):
         return f"expected an object with the keys {', '.join(sorted(KEYS))}, or {', '.join(sorted(UNDO_KEYS))}"
     if "revokes" in line:
         return None if line["revokes"] in known else f"it revokes {line['revokes']!r}, which is not above it"

@@ -68,8 +68,8 @@ def adopt(folder: Path, cfg) -> None:
     wanted = sr_policy.timed(sampler, cfg.denoise_steps, [int(time) for time in cfg.step_list])
     wanted = replace(wanted, solver=cfg.solver)
     if wanted != sampler and folder.is_symlink():
-        run.fail(f"{folder} is a link to the cold start of a run with other denoise_steps, step_list or solver, and its "
-                 "sampler.json would change: copy that folder")
+        run.fail(f"{folder} is a link to a cold start of other denoise_steps, step_list or solver: copy that folder, "
+                 "as its sampler.json has to change")
     dist.barrier()                                                      # every rank has read it
     if dist.is_main() and wanted != sampler:
         run.write_json(folder / "sampler.json", asdict(wanted))
