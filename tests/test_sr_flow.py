@@ -20,9 +20,8 @@ from common import dist, run, samplers, sr_latent, sr_pipelines, sr_policy, sr_t
 from common.sr_flow import FlowPolicy
 from common.sr_images import to_pixels
 from common.sr_pipelines import LatentSampler
-from common.sr_training import trainable
 from conftest import load_stage, run_stage
-from test_sr_latent import add_lora, check_algorithm, keys, pictures, tune
+from test_sr_latent import add_lora, check_algorithm, keys, moved_by_two_updates, pictures, tune
 
 STEPS, CPU = 4, torch.device("cpu")
 
@@ -249,18 +248,7 @@ def test_an_update_moves_trained_weights_only(models, tmp_path, rank):
     cfg = stage.Config(run="unused", policy="sd3", denoise_steps=STEPS, lora_rank=rank, inputs_per_step=2, eta=0.7,
                        sampler="sde", samples_per_input=3, samples_per_gpu=4, window_width=2, **models)
     policy, reference = stage.with_reference(cfg, sr_latent.load_policy(tmp_path / "before", CPU))
-    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-2)
-    for step in range(2):
-        rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=step)
-        seen = torch.cat([rollout.seen for rollout in rollouts])
-        assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[3])      # shared by the group
-        assert stage.check_ratio(policy, cfg, rollouts) < 1e-5
-        row = stage.update(policy, reference, cfg, rollouts=rollouts, optimizer=optimizer,
-                           advantages=torch.tensor([1.0, -1.0, 0.0] * 2))
-        assert row["ratio_error"] < 1e-5 and row["grad_norm"] > 0
-        assert (row["ref_kl"] > 0) == (step > 0)
-    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    moved = moved_by_two_updates(stage, policy, reference, cfg, lr)
     assert moved and all("lora" in name if rank else name.startswith("unet.") for name in moved)
     parts = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")   # Flow-GRPO's
     assert not rank or all(any(f"attn.{part}.lora_B" in name for name in moved) for part in parts)

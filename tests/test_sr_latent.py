@@ -203,15 +203,8 @@ def test_text_and_noise_level_are_told(models, tmp_path):
 
 # GRPO ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_an_update_moves_trained_weights_only(kind, models, tmp_path, rank):
-    stage, lr = load_stage("04"), pictures(2)
-    load(kind, models[kind], tmp_path / "before")
-    cfg = stage.Config(run="unused", policy=kind, model=str(models[kind]), denoise_steps=STEPS, lora_rank=rank,
-                       inputs_per_step=2, samples_per_input=3, samples_per_gpu=4, window_width=2)
-    policy, reference = stage.with_reference(cfg, sr_latent.load_policy(tmp_path / "before", CPU))
-    assert (policy is reference) == bool(rank)
-    assert policy.vae is reference.vae                          # only the UNet is ever held twice
+def moved_by_two_updates(stage, policy, reference, cfg, lr) -> set[str]:
+    """Names of the parameters that two steps of GRPO on two LR images, three samples each, have changed."""
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-2)
     for step in range(2):
@@ -223,7 +216,19 @@ def test_an_update_moves_trained_weights_only(kind, models, tmp_path, rank):
                            advantages=torch.tensor([1.0, -1.0, 0.0] * 2))
         assert row["ratio_error"] < 1e-5 and row["grad_norm"] > 0
         assert (row["ref_kl"] > 0) == (step > 0)
-    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    return {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_update_moves_trained_weights_only(kind, models, tmp_path, rank):
+    stage, lr = load_stage("04"), pictures(2)
+    load(kind, models[kind], tmp_path / "before")
+    cfg = stage.Config(run="unused", policy=kind, model=str(models[kind]), denoise_steps=STEPS, lora_rank=rank,
+                       inputs_per_step=2, samples_per_input=3, samples_per_gpu=4, window_width=2)
+    policy, reference = stage.with_reference(cfg, sr_latent.load_policy(tmp_path / "before", CPU))
+    assert (policy is reference) == bool(rank)
+    assert policy.vae is reference.vae                          # only the UNet is ever held twice
+    moved = moved_by_two_updates(stage, policy, reference, cfg, lr)
     assert moved and all("lora" in name if rank else name.startswith("unet.") for name in moved)
     assert not any(p.requires_grad for name, p in policy.named_parameters() if not name.startswith("unet."))
 
