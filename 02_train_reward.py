@@ -29,7 +29,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from common import calibration, data, dist, guide, loggers, mllm, model_card, prefix_check, run, sharding
+from common import calibration, curves, data, dist, guide, mllm, model_card, prefix_check, run, sharding
 from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, require_enough, scores_of
 from common.config import load_config
 from common.labels import check_methods, label_arrays
@@ -112,7 +112,6 @@ class Config:
     eval_every: int = 25                # steps; validation, and a candidate for the best weights
     save_every: int = 50                # steps; checkpoint to resume from
     fsdp: bool = False                  # memory only: lora_rank=0 under torchrun: model, reference, AdamW in shards
-    log_to: str = "none"                # or tensorboard or wandb, besides metrics.jsonl and curves.png
     merge: bool = False                 # LoRA: also write judge/merged/, one model without adapter; at any time later
 
     def __post_init__(self):
@@ -130,7 +129,6 @@ class Config:
             f"overlong_tokens={self.overlong_tokens} must be in 1..max_reply_tokens"
         assert self.margin_width > 0, f"margin_width={self.margin_width}: it is a width, so more than 0"
         assert self.looks in (1, 8, 48), f"looks={self.looks}: should be 1, 8 or 48"
-        loggers.check(self.log_to)
         assert self.lora_rank or self.dtype == "float32", \
             f"lora_rank=0 trains all weights: dtype={self.dtype} would round its updates away; set dtype=float32"
         assert not (self.fsdp and self.lora_rank), "fsdp is for training all weights: set lora_rank=0 or fsdp=false"
@@ -198,7 +196,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
             with holding(judge, averaged):
                 row |= evaluate(judge, val, cfg.groups_per_forward)
             bar.set_postfix(loss=f"{row['loss_direct']:.3f}", val=f"{row['val_pair_accuracy']:.3f}")
-        loggers.log(cfg, folder, step, row)
+        curves.log(folder, step, row)
         if (step + 1) % cfg.save_every == 0:
             save_checkpoint(judge, averaged, chosen, cold, step=step + 1, state={"bad": bad})
     load_weights(judge, averaged)
@@ -290,7 +288,7 @@ def save_merged(stage: Path) -> None:
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
     to_merge = cfg.merge and not (Path(cfg.run) / Path(__file__).stem / "judge" / "merged").exists()
-    free = ("groups_per_forward", "gradient_checkpointing", "save_every", "merge", "log_to", "fsdp")
+    free = ("groups_per_forward", "gradient_checkpointing", "save_every", "merge", "fsdp")
     folder = run.open_stage(cfg, __file__, go_on=to_merge, free=free)
     if (folder / "manifest.json").exists():
         if dist.is_main():
@@ -361,7 +359,7 @@ def main(cfg: Config) -> None:
                     state |= {"best": row["val_pair_accuracy"], "best_step": step + 1}
                     save_best(judge, folder)
             bar.set_postfix(val=f"{row['val_pair_accuracy']:.3f}")
-        loggers.log(cfg, folder, cfg.cold_start_steps + step, row)
+        curves.log(folder, cfg.cold_start_steps + step, row)
         for example in examples:                                # read these to see what the model writes
             run.log_metrics(folder, step, example, "samples.jsonl")
         if (step + 1) % cfg.save_every == 0:

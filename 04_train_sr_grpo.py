@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (data, dist, guide, loggers, mllm, run, sr_cold_start, sr_latent, sr_plan, sr_policy, sr_reward,
+from common import (curves, data, dist, guide, mllm, run, sr_cold_start, sr_latent, sr_plan, sr_policy, sr_reward,
                     sr_training)
 from common.checkpoints import checkpoints
 from common.cohorts import mine, pick, require_enough
@@ -129,7 +129,6 @@ class Config:
     max_heldout_drop: float = 0.0       # likewise for the held-out judge: the proxy, which sees the ground truth
     patience: int = 0                   # evaluations in a row below one of these with a reward above the start after
                                         # which the run stops by itself; 0: never
-    log_to: str = "none"                # or tensorboard or wandb, besides metrics.jsonl and curves.png
     save_every: int = 10                # steps between checkpoints; 20 times as many in the cold start
 
     def __post_init__(self):
@@ -161,7 +160,6 @@ class Config:
             f"eta={self.eta}: should be above 0, and at most 1 for ddim and cps"
         assert self.channels and all(width > 0 and width % 32 == 0 for width in self.channels), \
             f"channels={self.channels}: each should be a multiple of 32"
-        loggers.check(self.log_to)
         for key, values in (("algorithm", ALGORITHMS), ("aggregate", ("advantages", "rewards")),
                             ("advantage_std", ("group", "batch", "none"))):
             assert vars(self)[key] in values, f"{key}={vars(self)[key]}: should be one of {', '.join(values)}"
@@ -246,7 +244,7 @@ def paired(source: Path, split: str) -> list[dict]:
 def main(cfg: Config) -> None:
     started = time.time()
     device = dist.init()
-    memory_only = ("samples_per_gpu", "gradient_checkpointing", "save_every", "log_to")
+    memory_only = ("samples_per_gpu", "gradient_checkpointing", "save_every")
     folder = None if cfg.plan else run.open_stage(cfg, __file__, free=memory_only)
     source = run.require(cfg.run, "01_build_dataset")
     judge_folder = run.require(cfg.run, "02_train_reward")
@@ -349,7 +347,7 @@ def main(cfg: Config) -> None:
             if sr_reward.watch(cfg, state, start, values, done):
                 sr_training.average(parts["best"], parts["averaged"], 0.0)
             bar.set_postfix(reward=f"{values['val_reward']:.3f}", lr_psnr=f"{values['val_lr_psnr']:.2f}")
-        loggers.log(cfg, folder, step, row)
+        curves.log(folder, step, row)
         if state["bad"] == 3:
             bar.close()                                                 # or the message hangs on its line
             good = [str(path) for path in checkpoints(folder)][-1:] or ["none yet"]

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.files import write_bytes
+from common import dist
+from common.files import log_metrics, write_bytes
 
 COLORS = ("#2a5fb0", "#d1603d", "#3f8f5b", "#7a5aa6")
 LOGARITHMIC = ("grad_norm",)
@@ -35,6 +36,13 @@ PLOTS = {
         "gradient norm": ("grad_norm",),
         "seconds per step": STACKED},
     "cold_start": {"loss: squared error of v": ("loss",), "gradient norm": ("grad_norm",)}}
+
+
+def log(folder: Path, step: int, row: dict) -> None:
+    """Append row to metrics.jsonl, and draw curves.png anew after an evaluation (main rank only)."""
+    log_metrics(folder, step, row)
+    if dist.is_main() and any(key.startswith("val_") for key in row):
+        write(folder)
 
 
 def write(folder: Path) -> None:

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.tensor import DTensor
 
-from common import alive
 from common.config import fail
 
-TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone; a dead rank is noticed at once, see alive.py
+TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone: torchrun ends the job when one dies
 
 
 def init(timeout: timedelta = TIMEOUT) -> torch.device:
@@ -27,21 +26,13 @@ def init(timeout: timedelta = TIMEOUT) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         torch_dist.init_process_group("gloo", timeout=timeout)
-        watch(timeout)
         return torch.device("cpu")
     local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= devices:
         fail(f"torchrun started more processes than there are GPUs: use --nproc_per_node={devices}")
     torch.cuda.set_device(local_rank)
     torch_dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    watch(timeout)
     return torch.device("cuda", local_rank)
-
-
-def watch(timeout: timedelta) -> None:
-    """From here on a rank that dies or hangs ends the job, with a line that names it."""
-    if world_size() > 1:
-        alive.start(rank(), world_size(), lambda port: int(all_sum(torch.tensor(port))), 0.9 * timeout.total_seconds())
 
 
 def rank() -> int:
@@ -81,7 +72,6 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of every rank's tensor (same shape on all ranks) as a new tensor."""
     total = tensor.detach().clone()
     if world_size() > 1:
-        alive.STATE.calls += 1
         torch_dist.all_reduce(total)
     return total
 
@@ -115,7 +105,6 @@ def sum_gradients(params: Iterable[torch.nn.Parameter]) -> None:
         if param.grad is None:
             param.grad = torch.zeros_like(param)
         if world_size() > 1 and not isinstance(param, DTensor):         # FSDP has summed the gradients of shards
-            alive.STATE.calls += 1
             torch_dist.all_reduce(param.grad)
 
 
@@ -139,5 +128,4 @@ def finish() -> None:
     """Wait for every rank, then leave the process group; the last line of every script."""
     if torch_dist.is_initialized():
         barrier()
-        alive.stop()
         torch_dist.destroy_process_group()

@@ -31,8 +31,6 @@ def print_start(folder: Path, stem: str) -> None:
 def print_next(folder: Path) -> None:
     """Say where a finished stage lies and which command comes next."""
     dist.print0(f"{folder.name} is finished: {folder}   (delete that folder to run it again)")
-    if (folder.parent / "index.html").exists():
-        dist.print0(f"all results so far, with pictures: {folder.parent / 'index.html'} (open it in a browser)")
     if folder.name in STAGES[:-1]:
         dist.print0(f"next: {command(STAGES[STAGES.index(folder.name) + 1])}")
 

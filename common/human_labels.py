@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from common import agreement, data, judgements, metrics, quality, run, run_index
+from common import agreement, data, judgements, metrics, quality, run
 from common.contact_sheet import contact_sheet
 from common.files import plain
 from common.jobs import write_lines
@@ -136,7 +136,6 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
     run.write_json(folder / "quality.json", found)
     contact_sheet(folder, groups)
     quality.show(found)
-    run_index.write(folder.parent)
     print(f"labels: {kind}, " + json.dumps(manifest["results"]))
     for stem in ("02_train_reward", "03_eval_reward"):
         if (folder.parent / stem / "config.yaml").exists():

@@ -6,7 +6,6 @@ What a stage leaves on disk, and how it is found again.
                         checkpoints/    step_000200/, the newest two
                         manifest.json   written last: the stage is finished
                         .lock           held by the process that works here
-    <run>/index.html                    numbers, pictures and links of all stages, written anew when one ends
 
 Only the main rank writes.
 """
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from common import dist, run_index
+from common import dist
 from common.checkpoints import drop_checkpoints, latest_checkpoint, require_fit, save_checkpoint    # scripts say run.x
 from common.config import fail, read_yaml, save_config
 from common.faults import explained
@@ -144,5 +143,4 @@ def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Pa
     })
     for key, value in results.items():
         print(f"{key:<32}{value}")
-    run_index.write(inputs[0].parent if inputs else folder.parent)
     print_next(folder)

@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from common import curves, dist, guide, loggers, run, sr_detail, sr_latent, sr_policy
+from common import curves, dist, guide, run, sr_detail, sr_latent, sr_policy
 from common.cohorts import mine
 from common.sr_images import load, turn
 from common.sr_policy import Policy, Sampler
@@ -122,7 +122,7 @@ def cold_start(policy: Policy, cfg, folder: Path, *, source: Path, groups: list[
         optimizer.zero_grad()
         average(parts["averaged"], parts["policy"], min(cfg.cold_start_ema, (step + 1) / (step + 10)))
         if step % 10 == 0:
-            loggers.log(cfg, folder, step, {"loss": dist.all_sum(loss), "grad_norm": norm})
+            curves.log(folder, step, {"loss": dist.all_sum(loss), "grad_norm": norm})
         if (step + 1) % (20 * cfg.save_every) == 0:             # fast steps
             save(folder, step + 1, parts, optimizer=optimizer, state={})
     if dist.is_main():

@@ -5,6 +5,7 @@ Run     python -m pytest tests/test_dist.py         # 40 s
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import alive, dist, run
+from common import dist, run
 
 
 @dataclass
@@ -107,58 +108,11 @@ def test_weight_drift_stops_every_rank(tmp_path):
     assert [Path(tmp_path, f"stopped_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
-def test_a_killed_rank_ends_the_job_at_once_and_is_named():
+def test_torchrun_ends_the_job_at_once_and_names_the_rank_that_died():
     begun = time.monotonic()
     done = launch("death", Path(), processes=3)
-    named = [line for line in done.stderr.splitlines() if line.startswith("error: rank ")]
     assert done.returncode != 0 and time.monotonic() - begun < 60
-    assert named[0].startswith("error: rank 1 on ") and "was killed (out of memory?) or has crashed" in named[0]
-
-
-# one of two ranks that watch each other without torch or torchrun, as they do on two machines
-RANK = """
-import os, signal, sys, time
-sys.path.insert(0, os.getcwd())
-from common import alive
-rank, how, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-alive.BEAT, alive.SILENCE, alive.GRACE = 0.1, 1.0, 0.5
-def share_port(number):
-    if number:
-        open(port + ".new", "w").write(str(number)), os.rename(port + ".new", port)
-    while not os.path.exists(port):
-        time.sleep(0.01)
-    return int(open(port).read())
-alive.start(rank, 2, share_port, stuck=1.0)
-alive.STATE.calls = 7
-time.sleep(0.3)
-if how == "finish":
-    alive.stop(), time.sleep(rank), sys.exit()
-if rank == 1:
-    assert how != "raise", "no such image"
-    if how in ("kill", "freeze"):
-        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-    sys.exit("error: cannot write" if how == "fail" else time.sleep(30))
-alive.STATE.calls += how == "hang"
-time.sleep(30)
-"""
-
-
-@pytest.mark.parametrize("how, status, says", [
-    ("finish", 0, ""), ("kill", 1, "rank 1 on HOST was killed (out of memory?)"), ("fail", 1, "cannot write"),
-    ("raise", 1, "rank 1 on HOST: AssertionError: no such image"),
-    ("freeze", 1, "rank 1 on HOST has given no sign of life for 1 s"),
-    ("hang", 1, "rank 1 on HOST hangs: for 1 s it has not come to a call that other ranks wait in")])
-def test_ranks_notice_how_another_one_ends(tmp_path, how, status, says):
-    command, environment = [sys.executable, "-c", RANK], os.environ | {"MASTER_ADDR": "localhost"}
-    ranks = [subprocess.Popen([*command, str(rank), how, str(tmp_path / "port")], stderr=subprocess.PIPE, text=True,
-                              cwd=Path(__file__).parents[1], env=environment) for rank in (0, 1)]
-    begun, said = time.monotonic(), [ranks[0].communicate(timeout=20)[1]]
-    ranks[1].send_signal(signal.SIGCONT)                                # or it would stay frozen for ever
-    said.append(ranks[1].communicate(timeout=20)[1])
-    assert (ranks[0].returncode, time.monotonic() - begun < 10) == (status, True)
-    told = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
-    assert f"error: {says}".replace("HOST", alive.HOST) in "\n".join(told) or (how == "finish" and not told), told
-    assert how == "finish" or any(line.startswith(f"error: rank 1 on {alive.HOST}") for line in told)
+    assert re.search(r"exitcode\s*: -9 .*local_rank: 1 ", done.stderr) or re.search(r"rank\s*: 1 \(local_rank: 1\)", done.stderr)
 
 
 def test_one_process_needs_no_torchrun():
