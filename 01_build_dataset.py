@@ -31,12 +31,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, imports, metrics, photos, quality, run,
-                    sources)
-from common.config import BOOLS, load_config
+from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, imports, metrics, mllm_labels,
+                    photos, quality, run, sources)
+from common.config import BOOLS, fail, load_config
 from common.contact_sheet import contact_sheet, rows_of
-from common.data import AXES, SPLITS, read_image, write_png
+from common.groups import SPLITS
+from common.images import read_image, resize, to_float, to_uint8, write_png
 from common.jobs import run_jobs, stamp, start_pool, write_lines
+from common.metrics import AXES
 
 CROP_TRIES = 20
 AT_ONCE = 32                    # crops of one picture in a job: enough to read it seldom, few enough for many cores
@@ -148,11 +150,11 @@ def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None)
         seen[fact["sha256"]] = str(path)
         usable.append({"source": source, "path": str(path)} | fact)
     if skipped and cfg.strict:
-        run.fail(f"{skipped[0]['path']}: {skipped[0]['reason']}: repair or remove it, or set strict=false")
+        fail(f"{skipped[0]['path']}: {skipped[0]['reason']}: repair or remove it, or set strict=false")
     write_lines(folder / "skipped.jsonl", skipped)
     print(f"{len(usable)} pictures, {len(skipped)} skipped" + (", see skipped.jsonl" if skipped else ""))
     if not usable:
-        run.fail(f"{cfg.hr_dir or cfg.lr_dir}: none of {len(found)} pictures can be used, the first because "
+        fail(f"{cfg.hr_dir or cfg.lr_dir}: none of {len(found)} pictures can be used, the first because "
                  f"{skipped[0]['path']}: {skipped[0]['reason']}; give others")
     return usable
 
@@ -172,7 +174,7 @@ def plan_groups(cfg: Config, pictures: list[dict], near: list[dict]) -> list[dic
     for split in SPLITS:
         own = [picture for picture in pictures if splits[picture["source"]] == split]
         if counts[split] and not own:
-            run.fail(f"{split}_groups={counts[split]}, but no picture is for {split}: raise {split}_fraction")
+            fail(f"{split}_groups={counts[split]}, but no picture is for {split}: raise {split}_fraction")
         given = photos.shares(own, counts[split], cfg.max_source_share)
         chosen = [picture for picture, count in zip(own, given) for _ in range(count)]
         members = [{"id": f"{split}_{number:05d}", "split": split, "source": picture["source"],
@@ -218,7 +220,7 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
         side = min(round(size / smallest ** rng.random()), height, width)      # the zoom is log-uniform
         x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         flip = bool(rng.integers(2))
-        crop = metrics.resize(image[y:y + side, x:x + side], (size, size), "bicubic")
+        crop = resize(image[y:y + side, x:x + side], (size, size), "bicubic")
         contrast = float(photos.luma(crop).std())
         if contrast > best[0]:
             best = contrast, crop[:, ::-1] if flip else crop, {"x": x, "y": y, "side": side, "flipped": flip}
@@ -269,24 +271,24 @@ def build_group(cfg: Config, job: dict) -> dict:
 def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.ndarray, hr: np.ndarray | None,
                    foreign: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """(candidate, the natural image that it was made from, record); images uint8 [H, W, 3]."""
-    image = None if hr is None else metrics.to_float(hr)
+    image = None if hr is None else to_float(hr)
     if kind == "hr":
         return hr, hr, {"method": "hr", "strength": 0.0}
     if kind == "resample":
-        image, record = candidates.resampled(metrics.to_float(lr), (cfg.hr_size, cfg.hr_size), rng, hr=image)
-        return metrics.to_uint8(image), hr, record
+        image, record = candidates.resampled(to_float(lr), (cfg.hr_size, cfg.hr_size), rng, hr=image)
+        return to_uint8(image), hr, record
     if kind == "unnatural":
         image, record = candidates.unnatural(image, cfg.scale, rng)
-        return metrics.to_uint8(image), hr, record
+        return to_uint8(image), hr, record
     double = rng.random() < cfg.double_fault
     strongest = DOUBLE_STRONGEST if double else 1.0
-    image, record = candidates.inconsistent(image, metrics.to_float(foreign), rng, strongest=strongest)
-    natural = metrics.to_uint8(image)
+    image, record = candidates.inconsistent(image, to_float(foreign), rng, strongest=strongest)
+    natural = to_uint8(image)
     if not double:
         return natural, natural, record
     image, fault = candidates.unnatural(image, cfg.scale, rng, strongest=strongest)
     record |= {"method": f"{record['method']}+{fault['method']}", "second": fault}
-    return metrics.to_uint8(image), natural, record
+    return to_uint8(image), natural, record
 
 
 # evaluate ------------------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def prepare(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> tupl
             run.discard(folder)
         raise
     if begun_before and run.read_json(progress / "plan.json") != plan:
-        run.fail(f"the pictures changed since {folder} was begun: use another run= or delete the folder")
+        fail(f"the pictures changed since {folder} was begun: use another run= or delete the folder")
     run.write_json(progress / "plan.json", plan)
     print(f"{len(plan)} groups x {len(sources.expand(cfg.candidates))} candidates of {cfg.hr_size} px")
 
@@ -342,7 +344,7 @@ def main(cfg: Config) -> None:
         return
     device, main_rank = dist.init(timeout=WAIT), dist.is_main()      # torchrun: hf: and label models run on all ranks
     if cfg.label == "mllm":
-        from common import mllm_labels                    # slow to import: only runs that ask a model pay
+        pass                    # slow to import: only runs that ask a model pay
         if not (Path(cfg.run) / Path(__file__).stem / "manifest.json").exists():
             mllm_labels.find(cfg.label_model)             # a wrong name should not wait for all pictures
     folder = run.open_stage(cfg, __file__, free=FREE, go_on=cfg.annotate or cfg.labels is not None)

@@ -29,12 +29,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from common import calibration, curves, data, dist, guide, mllm, model_card, prefix_check, run, sharding
-from common.cohorts import Cohort, evaluate, load_cohorts, mine, pick, require_enough, scores_of
-from common.config import load_config
-from common.labels import check_methods, label_arrays
+from common import calibration, checkpoints, dist, mllm, model_card, prefix_check, report, run, sharding
+from common.cohorts import evaluate, scores_of
+from common.config import fail, load_config
+from common.dist import mine
+from common.groups import Cohort, check_methods, label_arrays, load_cohorts, load_groups, pick, require_enough
 from common.mllm import Judge
-from common.mllm_policy import sample
+from common.replies import sample_answers
 from common.reward_grpo import advantages, learn, score
 from common.reward_summary import parse_rate, summary
 from common.small_mllm import build_small
@@ -146,7 +147,7 @@ def load_base(cfg: Config, source: str | Path, device: torch.device) -> Judge:
     judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view,
                             detail_view=cfg.detail_view)
     if cfg.max_pixels < judge.processor.size["shortest_edge"]:
-        run.fail(f"max_pixels={cfg.max_pixels}: {source} enlarges images to {judge.processor.size['shortest_edge']} "
+        fail(f"max_pixels={cfg.max_pixels}: {source} enlarges images to {judge.processor.size['shortest_edge']} "
                  "pixels; give at least that")
     judge.processor.size["longest_edge"] = cfg.max_pixels
     return judge
@@ -185,7 +186,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
     bad = state.get("bad", 0)
     bar = tqdm(range(first, cfg.cold_start_steps), initial=first, total=cfg.cold_start_steps, desc="cold start",
                disable=not dist.is_main())
-    for step in guide.announce(bar, len(bar), "cold start"):
+    for step in run.announce(bar, len(bar), "cold start"):
         cohorts = mine(pick(train, cfg.seed, "cold start", step, cfg.cold_start_groups))
         row = supervised_step(judge, cfg, chosen, cohorts, phase="cold start", step=step, steps=cfg.cold_start_steps,
                               final_lr=cfg.cold_start_final_lr)
@@ -196,7 +197,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
             with holding(judge, averaged):
                 row |= evaluate(judge, val, cfg.groups_per_forward)
             bar.set_postfix(loss=f"{row['loss_direct']:.3f}", val=f"{row['val_pair_accuracy']:.3f}")
-        curves.log(folder, step, row)
+        report.log(folder, step, row)
         if (step + 1) % cfg.save_every == 0:
             save_checkpoint(judge, averaged, chosen, cold, step=step + 1, state={"bad": bad})
     load_weights(judge, averaged)
@@ -220,7 +221,7 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, chosen: dict, train: 
     # 1. sample
     judge.model.eval()                                                     # rollout and loss must agree: no dropout
     with sharding.gathered(judge):
-        answers = sample(judge, cfg, mine(everyone), step, reasoned)
+        answers = sample_answers(judge, cfg, mine(everyone), step, reasoned)
     clock.append(time.time())
     # 2. score
     for item in answers:
@@ -268,7 +269,7 @@ def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, sou
     scores = scores_of(judge, val, cfg.groups_per_forward).round(4)
     if dist.is_main():
         mllm.save_judge(judge, folder / "judge", base=base)
-        labels = label_arrays([group for group in data.load_groups(source, "val") if group["labels"]])
+        labels = label_arrays([group for group in load_groups(source, "val") if group["labels"]])
         labels.scores[np.isnan(np.stack([cohort.ranks for cohort in val]))] = np.nan        # held_out_methods
         run.write_json(folder / "judge" / "calibration.json", calibration.calibrate(scores, labels))
         model_card.write(folder / "judge", source, asdict(cfg), before=state["cold_start"], after=state["best"])
@@ -295,7 +296,7 @@ def main(cfg: Config) -> None:
             save_merged(folder)
         return dist.finish()
     if cfg.fsdp and min(cfg.cold_start_groups, cfg.groups_per_step) < dist.world_size():
-        run.fail(f"fsdp: {dist.world_size()} processes are more than cold_start_groups={cfg.cold_start_groups} or "
+        fail(f"fsdp: {dist.world_size()} processes are more than cold_start_groups={cfg.cold_start_groups} or "
                  f"groups_per_step={cfg.groups_per_step}, but each needs a group: start fewer")
     source = run.require(cfg.run, "01_build_dataset")
     check_methods(source, cfg.held_out_methods)
@@ -304,7 +305,7 @@ def main(cfg: Config) -> None:
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
     size, (height, width) = round(sum(len(c.images) for c in train) / len(train)), train[0].images[0].shape[:2]
     if cfg.detail_view and height * width < 2 * cfg.max_pixels:
-        run.fail(f"detail_view: candidates of {width}x{height} are less than twice max_pixels={cfg.max_pixels}, so "
+        fail(f"detail_view: candidates of {width}x{height} are less than twice max_pixels={cfg.max_pixels}, so "
                  "nothing would change: lower max_pixels, raise hr_size of 01, or set detail_view=false")
     per_step = size * (cfg.reasoned_groups * cfg.replies + cfg.groups_per_step * 3 * cfg.direct_replies)
     work = f"writes {per_step} answers, {size * cfg.reasoned_groups * cfg.replies} of them with reasoning"
@@ -320,7 +321,7 @@ def main(cfg: Config) -> None:
         base = folder / "cold_start" / "model"
         if not (folder / "cold_start" / "done.json").exists():
             cold_start(cfg, folder, prefix_check.choose_rows(train[0], first_judge(cfg, train, device)), train, val)
-        run.drop_checkpoints(folder / "cold_start")
+        checkpoints.drop_checkpoints(folder / "cold_start")
     lora = cfg.lora_rank > 0                                    # its reference: the same with the adapter off
     judge = reference = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
     if not lora:
@@ -343,7 +344,7 @@ def main(cfg: Config) -> None:
     run.trim_metrics(folder, first, "samples.jsonl")
     dist.print0(f"before {cfg.algorithm}: validation pair accuracy {state['cold_start']:.3f}")
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.algorithm, disable=not dist.is_main())
-    for step in guide.announce(bar, len(bar), cfg.algorithm):
+    for step in run.announce(bar, len(bar), cfg.algorithm):
         if cfg.algorithm == "grpo":
             row, examples = grpo_step(judge, reference, cfg, chosen, train, step)    # 1. to 5.
         else:
@@ -359,7 +360,7 @@ def main(cfg: Config) -> None:
                     state |= {"best": row["val_pair_accuracy"], "best_step": step + 1}
                     save_best(judge, folder)
             bar.set_postfix(val=f"{row['val_pair_accuracy']:.3f}")
-        curves.log(folder, cfg.cold_start_steps + step, row)
+        report.log(folder, cfg.cold_start_steps + step, row)
         for example in examples:                                # read these to see what the model writes
             run.log_metrics(folder, step, example, "samples.jsonl")
         if (step + 1) % cfg.save_every == 0:

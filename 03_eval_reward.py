@@ -35,16 +35,18 @@ from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
 
-from common import data, dist, guide, metrics, mllm, mllm_labels, mllm_policy, pair_mode, probes, ranking_report
-from common import reward_checks, reward_report, reward_tables, run, sampling, sr_judging
-from common.cohorts import mine
-from common.config import load_config, read_yaml
-from common.labels import Labels, label_arrays, leave_out, method_prior
-from common.mllm import AXES, Judge
+from common import (dist, metrics, mllm, mllm_labels, pair_mode, probes, ranking_report, reward_checks,
+                    reward_report, reward_tables, run, sr_judging)
+from common.config import fail, load_config, read_yaml
+from common.dist import mine
+from common.groups import Labels, group_images, judged_on, label_arrays, leave_out, load_groups, method_prior
+from common.images import write_png
+from common.metrics import AXES
+from common.mllm import Judge
+from common.replies import answer_logp, sample_replies
 from common.reward_report import SCORERS, SHOWN
 from common.reward_stats import accuracies, accuracy_by_gap, compare_readouts, mean_srcc
 from common.sr_folders import BICUBIC, match, named_folders, notes, survey
-from common.sr_images import judged_on
 
 MEASURED = ("lr_shuffled", "lr_gray", "before_grpo", "judge", "psnr", "ssim", "lr_psnr", "sharpness")
 
@@ -83,10 +85,10 @@ class Config:
 
 def load_labeled(folder: Path, split: str, least: int = 2) -> tuple[list[dict], Labels]:
     """The groups of a split that have labels, and these; all with the same number of candidates C."""
-    groups = [group for group in data.load_groups(folder, split) if group["labels"]]
+    groups = [group for group in load_groups(folder, split) if group["labels"]]
     counts = {len(group["candidates"]) for group in groups}
     if len(groups) < least or len(counts) > 1:
-        run.fail(f"{folder}: {split} has {len(groups)} labeled groups of {sorted(counts)} candidates, "
+        fail(f"{folder}: {split} has {len(groups)} labeled groups of {sorted(counts)} candidates, "
                  f"not {least} or more of one size: build another data set with 01_build_dataset.py")
     return groups, label_arrays(groups)
 
@@ -139,10 +141,10 @@ def measure(cfg: Config, judge: Judge, source: Path, *, before: Judge, groups: l
     own, seconds = list(zip(mine(groups), mine(others))), 0.0
     starts = range(0, len(own), cfg.groups_per_forward)
     bar = tqdm(starts, desc="score", unit="batch", disable=not dist.is_main())
-    for i in guide.announce(bar, len(bar), "score"):
+    for i in run.announce(bar, len(bar), "score"):
         part, partners = zip(*own[i:i + cfg.groups_per_forward])
-        lrs, images, hrs = zip(*(data.group_images(source, group) for group in part))
-        wrong = [data.group_images(source, group | {"candidates": [], "hr": None})[0] for group in partners]
+        lrs, images, hrs = zip(*(group_images(source, group) for group in part))
+        wrong = [group_images(source, group | {"candidates": [], "hr": None})[0] for group in partners]
         gray = [np.full_like(lr, 128) for lr in lrs]
         learned = [mllm.expected_scores(judge, views, images) for views in (wrong, gray)]
         with mllm.adapter_off(before):
@@ -169,13 +171,13 @@ def sample(cfg: Config, judge: Judge, source: Path, *, groups: list[dict], max_t
     replies, masses = [torch.zeros(0, count, k, max_tokens, dtype=torch.int64)], [torch.zeros(0, count, len(AXES))]
     digits = judge.digit_ids.expand(count * len(AXES), -1)
     bar = tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main())
-    for group in guide.announce(bar, len(bar), "sample"):
-        lr, images, _ = data.group_images(source, group)
+    for group in run.announce(bar, len(bar), "sample"):
+        lr, images, _ = group_images(source, group)
         features, grids = mllm.image_features(judge, [[lr, *images]])
-        digit_logp = mllm_policy.logp(judge, features, grids, [[[] for _ in images]], digits)[2]         # [C * 3, 9]
+        digit_logp = answer_logp(judge, features, grids, [[[] for _ in images]], digits)[2]         # [C * 3, 9]
         masses.append(digit_logp.exp().sum(-1).view(1, count, -1).cpu())
         uniforms = torch.rand(count, k, max_tokens, generator=run.generator(cfg.seed, "sampled", group["id"]))
-        written = sampling.sample_replies(judge, features, grids, uniforms, [count])
+        written = sample_replies(judge, features, grids, uniforms, [count])
         padded = [[ids + [-1] * (max_tokens - len(ids)) for ids in own] for own in written]
         replies.append(torch.tensor([padded]))
     return torch.cat(replies), torch.cat(masses)
@@ -233,7 +235,7 @@ def rank_folders(cfg: Config) -> None:
     scenes, unusable = survey(scenes, cfg.skip_bad)
     skipped, methods = skipped + unusable, [*named, *[BICUBIC] * cfg.bicubic]
     if idle := [method for method in named if not any(method in scene.outputs for scene in scenes)]:
-        run.fail(f"sr_dirs: nothing of {idle[0]} is left to judge; {skipped[0]['file']}: {skipped[0]['reason']}")
+        fail(f"sr_dirs: nothing of {idle[0]} is left to judge; {skipped[0]['file']}: {skipped[0]['reason']}")
     made, judge = settings_of(source) | judged_on(source), mllm.load_judge(trained, device)
     side = cfg.crop or made["hr_size"]
     dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(skipped)} files left out")
@@ -291,7 +293,7 @@ def case_views(source: Path, groups: list[dict], cases: list[dict]) -> dict[str,
     found = {}
     for group in groups:
         if group["id"] in [case["group"] for case in cases]:
-            lr, images, _ = data.group_images(source, group)
+            lr, images, _ = group_images(source, group)
             ids = [candidate["id"] for candidate in group["candidates"]]
             found[group["id"]] = {"LR": lr} | dict(zip(ids, images))
     return found
@@ -383,7 +385,7 @@ def main(cfg: Config) -> None:
         run.write_bytes(folder / "examples.png", examples(cfg, source, groups, labels=labels,
                                                             scores=scores["judge"]))
         if probed is not None:
-            data.write_png(folder / "probes.png", probes.picture(cfg, source, with_hr, probed))
+            write_png(folder / "probes.png", probes.picture(cfg, source, with_hr, probed))
         views = case_views(source, groups, results["cases"])
         run.write_bytes(folder / "report.html", reward_tables.page(folder, results, costs, views))
         run.write_json(folder / "results.json", results)

@@ -33,16 +33,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (curves, data, dist, guide, mllm, run, sr_cold_start, sr_latent, sr_plan, sr_policy, sr_reward,
+from common import (checkpoints, dist, mllm, report, run, sr_cold_start, sr_latent, sr_plan, sr_policy, sr_reward,
                     sr_training)
-from common.checkpoints import checkpoints
-from common.cohorts import mine, pick, require_enough
-from common.config import load_config
-from common.samplers import SAMPLERS, SOLVERS, window_start
+from common.checkpoints import list_checkpoints
+from common.config import fail, load_config
+from common.dist import mine
+from common.groups import image_batch, load_groups, pick, require_enough, require_one_size
+from common.images import sheet, to_pixels, write_png
+from common.metrics import held_out
 from common.sr_grpo import ALGORITHMS, check_ratio, copied, update, using
-from common.sr_images import held_out, load, require_one_size, sheet, to_pixels
-from common.sr_pipelines import PIPELINES, LatentSampler
-from common.sr_policy import Policy, Rollout
+from common.sr_pipelines import LatentSampler, PIPELINES
+from common.sr_policy import Policy, Rollout, SAMPLERS, SOLVERS, window_start
 from common.sr_training import trainable, with_reference
 
 PARTS = ("sample", "score", "update", "decode")                         # of a step's time
@@ -206,7 +207,7 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
     """Mean score, held-out score and LR-PSNR of one deterministic sample per LR image; the samples [n, H, W, 3]."""
     policy.eval()
     own, device = mine(groups), policy.times.device
-    lr, hr = load(source, own, "lr"), to_pixels(load(source, own, "hr"))
+    lr, hr = image_batch(source, own, "lr"), to_pixels(image_batch(source, own, "hr"))
     keys = [(cfg.seed, "evaluate", group["id"]) for group in own]
     seen = policy.observe(lr.to(device), keys)
     noise = sr_policy.draw_noise(keys, (policy.channels, *seen.shape[-2:]), device)
@@ -224,19 +225,19 @@ def write_sheet(cfg: Config, path: Path, *, source: Path, groups: list[dict], be
     """The same inputs with the same seeds at every evaluation: LR | before | now | HR."""
     if not dist.is_main():
         return
-    lr, hr = (to_pixels(load(source, groups[:cfg.sheet_inputs], key)) for key in ("lr", "hr"))
+    lr, hr = (to_pixels(image_batch(source, groups[:cfg.sheet_inputs], key)) for key in ("lr", "hr"))
     path.parent.mkdir(exist_ok=True)
     rows = [list(row) for row in zip(lr, before, now, hr)]
-    data.write_png(path, sheet(rows, ["LR", "before GRPO", "now", "HR"]))
+    write_png(path, sheet(rows, ["LR", "before GRPO", "now", "HR"]))
 
 
 # the stage -----------------------------------------------------------------------------------------------
 
 def paired(source: Path, split: str) -> list[dict]:
     """The split's groups that have a ground truth. Labels are not needed here."""
-    groups = [group for group in data.load_groups(source, split) if group["hr"]]
+    groups = [group for group in load_groups(source, split) if group["hr"]]
     if not groups:
-        run.fail(f"{source}: the {split} split has no HR images: build it with hr_dir, not lr_dir")
+        fail(f"{source}: the {split} split has no HR images: build it with hr_dir, not lr_dir")
     return groups
 
 
@@ -253,7 +254,7 @@ def main(cfg: Config) -> None:
     require_enough(train, cfg, "inputs_per_step")
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     if min(cfg.inputs_per_step, cfg.cold_start_batch, len(fixed)) < dist.world_size():
-        run.fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step}, "
+        fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step}, "
                  f"cold_start_batch={cfg.cold_start_batch} or the {len(fixed)} validation images: start fewer")
     dist.print0(f"read {source}: {len(train)} training pairs; {len(fixed)} of {len(val)} validation images\n"
                 + (f"starts from {cfg.model}\n" if cfg.model else
@@ -266,7 +267,7 @@ def main(cfg: Config) -> None:
                             solver=cfg.solver, controlnet=cfg.controlnet, prompt=cfg.prompt)
     if cfg.plan:
         policy = sr_cold_start.new_policy(cfg, source, train) if cfg.policy == "pixel" else sr_latent.build(sampler)
-        sr_plan.show(cfg, *with_reference(cfg, policy.eval().requires_grad_(False)), lr=load(source, train[:1], "lr"),
+        sr_plan.show(cfg, *with_reference(cfg, policy.eval().requires_grad_(False)), lr=image_batch(source, train[:1], "lr"),
                      scale=scale, evaluated=len(fixed), judge=judge_folder)
         return dist.finish()
 
@@ -278,7 +279,7 @@ def main(cfg: Config) -> None:
     else:
         policy = sr_cold_start.new_policy(cfg, source, train).to(device)
         sr_cold_start.cold_start(policy, cfg, cold, source=source, groups=train)
-    run.drop_checkpoints(cold)
+    checkpoints.drop_checkpoints(cold)
     judge = mllm.load_judge(judge_folder, device)
     policy, reference = with_reference(cfg, sr_latent.load_policy(cold, device))
     weights = trainable(policy.unet)
@@ -290,7 +291,7 @@ def main(cfg: Config) -> None:
     assess = partial(evaluate, policy, judge, cfg, source=source, groups=fixed)
     start, before = assess()
     if not all(np.isfinite(list(start.values()))):
-        run.fail(f"{folder}: the policy before GRPO scores {start}: look at cold_start/ and at the judge of 02")
+        fail(f"{folder}: the policy before GRPO scores {start}: look at cold_start/ and at the judge of 02")
     show = partial(write_sheet, cfg, source=source, groups=fixed, before=before)
     show(folder / "samples" / "step_0000.png", now=before)
     first, state = sr_training.resume(folder, parts, optimizer)
@@ -299,11 +300,11 @@ def main(cfg: Config) -> None:
     run.trim_metrics(folder, first)
     last = state["stopped_at"] or cfg.steps
     bar = tqdm(range(first, last), "GRPO", initial=first, total=last, disable=not dist.is_main())
-    for step in guide.announce(bar, len(bar), "GRPO"):
+    for step in run.announce(bar, len(bar), "GRPO"):
         times = [dist.clock(device)]
         # 1. sample
         own = mine(pick(train, cfg.seed, "sr", step, cfg.inputs_per_step))
-        lr, ids = load(source, own, "lr"), [group["id"] for group in own]
+        lr, ids = image_batch(source, own, "lr"), [group["id"] for group in own]
         policy.eval()
         with using(policy, parts["old"]) if cfg.algorithm == "nft" else nullcontext():
             rollouts = roll_out(policy, cfg, lr.to(device), ids=ids, step=step)
@@ -347,11 +348,11 @@ def main(cfg: Config) -> None:
             if sr_reward.watch(cfg, state, start, values, done):
                 sr_training.average(parts["best"], parts["averaged"], 0.0)
             bar.set_postfix(reward=f"{values['val_reward']:.3f}", lr_psnr=f"{values['val_lr_psnr']:.2f}")
-        curves.log(folder, step, row)
+        report.log(folder, step, row)
         if state["bad"] == 3:
             bar.close()                                                 # or the message hangs on its line
-            good = [str(path) for path in checkpoints(folder)][-1:] or ["none yet"]
-            run.fail(f"{folder}: three steps in a row without a finite reward, loss or gradient (see bad_rewards and "
+            good = [str(path) for path in list_checkpoints(folder)][-1:] or ["none yet"]
+            fail(f"{folder}: three steps in a row without a finite reward, loss or gradient (see bad_rewards and "
                      f"skipped_updates in metrics.jsonl); last good checkpoint: {good[0]}; lower lr in a new run=")
         if done % cfg.save_every == 0:
             sr_training.save(folder, done, parts, optimizer=optimizer, state=state)

@@ -34,11 +34,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import color_fix, data, degrade, dist, guide, iqa, metrics, mllm, photos, restored_page, restoring, run
-from common import sr_policy, sr_report, sr_reward, sr_statistics, sr_variants
-from common.cohorts import mine
-from common.config import load_config, read_yaml
-from common.sr_images import held_out, judged_on, load, require_one_size, sheet, to_pixels
+from common import (color_fix, degrade, dist, iqa, metrics, mllm, photos, restored_page, restoring, run, sr_policy,
+                    sr_report, sr_reward, sr_statistics, sr_variants)
+from common.config import fail, load_config, read_yaml
+from common.dist import mine
+from common.groups import image_batch, judged_on, load_groups, require_one_size
+from common.images import listed, read_image, sheet, to_pixels, write_png
+from common.metrics import held_out
 from common.sr_policy import Policy
 from common.sr_report import COMPARED
 from common.sr_variants import Clocked
@@ -136,19 +138,19 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, *, 
 
     rewarded: the settings of stage 04, so that the reward is the one that it optimized.
     """
-    weights = torch.tensor([rewarded[f"weight_{axis}"] for axis in data.AXES])
+    weights = torch.tensor([rewarded[f"weight_{axis}"] for axis in metrics.AXES])
     values, samples, wins, seconds, m = [], [], [], torch.zeros(3, dtype=torch.float64), cfg.seeds_per_image
     starts = range(0, len(groups), cfg.images_per_gpu)
     bar = tqdm(starts, "restore and judge", disable=not dist.is_main())
-    for i in guide.announce(bar, len(bar), "restore and judge"):
+    for i in run.announce(bar, len(bar), "restore and judge"):
         batch = groups[i:i + cfg.images_per_gpu]
-        lr, names, made = load(source, batch, "lr"), [group["id"] for group in batch], {}
+        lr, names, made = image_batch(source, batch, "lr"), [group["id"] for group in batch], {}
         made["bicubic"] = bicubic(lr, batch[0]["scale"])
         for key, policy in policies.items():
             clocked = Clocked(policy)
             made[key] = restore(clocked, cfg, lr, names=names)
             seconds[:2] += torch.tensor(clocked.seconds) if key == "tuned" else 0.0
-        made["hr"] = to_pixels(load(source, batch, "hr"))[:, None]
+        made["hr"] = to_pixels(image_batch(source, batch, "hr"))[:, None]
         images, low = np.concatenate(list(made.values()), 1), to_pixels(lr)     # [B, 1 + M + .. + M + 1, H, W, 3]
         clock = sr_variants.now()
         rewards = sr_reward.expected_scores(judge, low, images, crop=rewarded["crop"],
@@ -164,7 +166,7 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, *, 
         wins.append(((after - before).sign() / 2 + 0.5).mean(1))
         for name, *first in zip(names, *made.values()) if folder else ():
             for key, image in zip(made, first):
-                data.write_png(folder / f"{name}_{key}.png", image[0])
+                write_png(folder / f"{name}_{key}.png", image[0])
     return Measured(torch.cat(values), torch.cat(samples), torch.cat(wins), seconds)
 
 
@@ -211,8 +213,8 @@ def examples(cfg: Config, source: Path, folder: Path, *, groups: list[dict], val
     found, places = [], np.linspace(0, len(gain) - 1, min(cfg.shown_images, len(gain)))
     for i in np.argsort(gain, kind="stable")[places.astype(int)]:
         name = groups[i]["id"]
-        images = {"LR": data.read_image(source / groups[i]["lr"])}
-        images |= {key: data.read_image(folder / f"{name}_{key}.png") for key in variants}
+        images = {"LR": read_image(source / groups[i]["lr"])}
+        images |= {key: read_image(folder / f"{name}_{key}.png") for key in variants}
         lines = (f"reward {row[0]:.2f}<br>held-out {row[1]:.2f}" for row in values[i])
         found.append((f"{name} ({groups[i]['source']}): reward {gain[i]:+.2f}", images, dict(zip(variants, lines))))
     return found
@@ -225,11 +227,11 @@ def photographs(cfg: Config, made_with: dict, policy: Policy) -> dict[str, Path]
     made_with: stage 01's settings. Stops if a crop has no size that the policy can restore.
     """
     hr_dir, scale = made_with["hr_dir"], made_with["scale"]
-    if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or photos.listed(Path(hr_dir))):
+    if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or listed(Path(hr_dir))):
         return {}
     unit, side = scale * policy.multiple, cfg.large_size // scale
     if cfg.large_size % unit:
-        run.fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, scale={scale} times {policy.multiple}, "
+        fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, scale={scale} times {policy.multiple}, "
                  "of which sides of LR are multiples for this policy; or set large_crops=0")
     policy.observe(torch.zeros(1, 3, side, side, device=policy.times.device), [(cfg.seed,)])    # may be too large
     return dict(photos.find(hr_dir, "hr_dir"))
@@ -242,7 +244,7 @@ def large_crops(cfg: Config, policies: dict[str, Policy], made_with: dict, *, fo
     for i in range(cfg.large_crops if found else 0):
         source, rng = sources[i % len(sources)], run.np_rng(cfg.seed, "large crop", i)
         try:
-            photo = data.read_image(found[source])
+            photo = read_image(found[source])
         except (KeyError, ValueError) as error:
             dist.print0(f"no larger crop of {source}: its photograph is gone or broken ({error})")
             continue
@@ -305,9 +307,9 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, free=("images_per_gpu", "large_crops", "large_size"))
     source, judged_by, tuned = (run.require(cfg.run, stem) for stem in
                                 ("01_build_dataset", "02_train_reward", "04_train_sr_grpo"))
-    groups = [group for group in data.load_groups(source, "test") if group["hr"]]
+    groups = [group for group in load_groups(source, "test") if group["hr"]]
     if len(groups) < max(2, dist.world_size()):
-        run.fail(f"{source}: {len(groups)} test images have HR, too few to compare on: give stage 01 more "
+        fail(f"{source}: {len(groups)} test images have HR, too few to compare on: give stage 01 more "
                  "test_groups, or this stage fewer processes")
     require_one_size(source, groups)
     sources = sorted({group["source"] for group in groups})
@@ -345,7 +347,7 @@ def main(cfg: Config) -> None:
         write_results(folder, results, groups=groups, found=found, names=names, variants=variants)
         rows = examples(cfg, source, pictures, groups=groups, values=values, variants=variants)
         columns = ["LR", *variants]
-        data.write_png(pictures / "contact_sheet.png",
+        write_png(pictures / "contact_sheet.png",
                        sheet([[images[key] for key in columns] for _, images, _ in rows], columns))
         large = large_crops(cfg, policies, made_with, found=uncut, sources=sources)
         sr_report.write(folder, results, names=names, variants=kinds, rows=rows, large=large)

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from common import annotation, human_labels, run
+from common.config import fail
 
 LARGEST_BODY = 10_000                   # bytes
 HEADERS = {
@@ -135,7 +136,7 @@ def serve(page: annotation.Page, host: str, port: int) -> None:
     try:
         server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
-        run.fail(f"annotate_host {host}, annotate_port {port}: {error.strerror or error}; choose another "
+        fail(f"annotate_host {host}, annotate_port {port}: {error.strerror or error}; choose another "
                  "(0: any free port)")
     server.page = page
     print(f"{len(page.groups)} groups to compare, {len(page.lines)} lines in {page.log.name}\n"

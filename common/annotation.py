@@ -11,7 +11,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from common import data, judgements, metrics, pairs
+from common import judgements, pairs
+from common.groups import all_groups
+from common.images import read_image, resize
 
 LONGEST_NAME = 40
 LONGEST_SECONDS = 86_400
@@ -35,7 +37,7 @@ class Page:                             # all that requests share
 def open_page(folder: Path, seed: int, shown: int, splits: list[str], per_split: int) -> Page:
     """per_split: groups of each of `splits`, evenly spaced; 0: all."""
     groups, images, public = [], {}, {}
-    listed = data.all_groups(folder)
+    listed = all_groups(folder)
     for split in splits:
         own = [group for group in listed if group["split"] == split and len(group["candidates"]) >= 2]
         count = min(per_split or len(own), len(own))
@@ -123,7 +125,7 @@ def image_png(path: Path, size: int | None) -> bytes:
     """The file, or the picture enlarged to width `size` by bicubic interpolation."""
     if size is None:
         return path.read_bytes()
-    image, buffer = data.read_image(path), io.BytesIO()
-    big = metrics.resize(image, (size, round(size * image.shape[0] / image.shape[1])), "bicubic")
+    image, buffer = read_image(path), io.BytesIO()
+    big = resize(image, (size, round(size * image.shape[0] / image.shape[1])), "bicubic")
     Image.fromarray(big).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -9,8 +9,8 @@ and keeps it beside the judge, as judge/calibration.json; stage 03 tests it.
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from common.data import AXES
-from common.reward_stats import Labels
+from common.groups import Labels
+from common.metrics import AXES
 
 LEAST = 20                              # candidates with labels; with fewer there is no map
 

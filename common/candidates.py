@@ -11,7 +11,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, median_filter
 
 from common.degrade import blur, jpeg, kernel
-from common.metrics import down, resize
+from common.images import resize
+from common.metrics import down
 
 RESAMPLERS = ("nearest", "bilinear", "bicubic", "lanczos")
 POST_FILTERS = ("none", "unsharp", "median", "denoise")

@@ -19,7 +19,7 @@ import torch
 
 from common import dist
 from common.config import fail
-from common.files import plain, sha256, write_bytes, write_json
+from common.run import plain, sha256, write_bytes, write_json
 
 FILES = ("model.safetensors", "optimizer.pt")
 
@@ -49,8 +49,8 @@ def save_checkpoint(folder: Path, step: int, *, weights: dict, optimizer: dict, 
     if path.exists():
         path.rename(f"{path}.old.tmp")
     temporary.rename(path)
-    kept = [one for one in checkpoints(folder) if step_of(one) <= step][-2:]     # later ones were damaged, or not used
-    for old in set(checkpoints(folder)) - set(kept):
+    kept = [one for one in list_checkpoints(folder) if step_of(one) <= step][-2:]     # later ones were damaged, or not used
+    for old in set(list_checkpoints(folder)) - set(kept):
         old.rename(f"{old}.old.tmp")                            # never seen half deleted, either
     for old in path.parent.glob("*.old.tmp"):
         shutil.rmtree(old)
@@ -61,7 +61,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the whole checkpoints of a stage, oldest first."""
     found = [path for path in (folder / "checkpoints").glob("step_*") if path.suffix != ".tmp"]
     return sorted(found, key=step_of)
@@ -100,7 +100,7 @@ def latest_checkpoint(folder: Path) -> tuple[int, dict, dict, dict] | None:
 
     A damaged one is named on stderr and the one before it is used; stops if all are damaged.
     """
-    found, reasons = checkpoints(folder), []
+    found, reasons = list_checkpoints(folder), []
     for path in reversed(found):
         try:
             return load_checkpoint(path)

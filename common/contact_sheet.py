@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data import read_image, write_png
+from common.images import read_image, write_png
 
 
 def rows_of(groups: list[dict], rows: int = 8) -> list[dict]:

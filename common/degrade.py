@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.signal import fftconvolve
 from scipy.special import j1
 
-from common.metrics import resize, to_uint8
+from common.images import resize, to_uint8
 
 KINDS = ("realesrgan", "light", "mild", "bicubic")
 SHAPES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")

@@ -3,13 +3,17 @@ Ranks, in one file that works the same without torchrun (then there is one rank 
 
 gloo carries CPU tensors, nccl CUDA tensors. Sums are sums: divide once, by a count that was summed, too.
 Every rank must make the same calls in the same order.
-"""
 
+Cohorts: one LR image and its candidates with labels, as the reward model trains and is evaluated on them.
+
+Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
+"""
 import os
 import time
 from collections.abc import Iterable
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch.distributed.tensor import DTensor
@@ -129,3 +133,8 @@ def finish() -> None:
     if torch_dist.is_initialized():
         barrier()
         torch_dist.destroy_process_group()
+
+
+def mine(items: list) -> list:
+    """This rank's share of a list: contiguous, so that gather_rows restores the order."""
+    return [items[i] for i in np.array_split(np.arange(len(items)), world_size())[rank()]]

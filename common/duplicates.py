@@ -7,7 +7,7 @@ other sizes, compression, brightness, and slightly moved cameras; not other crop
 import numpy as np
 from scipy.fft import dctn
 
-from common import metrics
+from common.images import resize
 
 SIDE, LOW = 32, 8       # px of the shrunk picture; frequencies kept per direction
 NEAR = 10               # bits
@@ -19,7 +19,7 @@ def dct_hash(image: np.ndarray) -> list[str]:
 
     A bit for each of the LOW x LOW lowest frequencies of the luma but the constant one: above their median or not.
     """
-    luma = metrics.resize(image, (SIDE, SIDE), "area") @ np.array([0.299, 0.587, 0.114])
+    luma = resize(image, (SIDE, SIDE), "area") @ np.array([0.299, 0.587, 0.114])
     hashes = []
     for view in (luma, luma[:, ::-1]):
         low = dctn(view, norm="ortho")[:LOW, :LOW].flatten()[1:]                     # [63]

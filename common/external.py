@@ -8,7 +8,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import dist, run
-from common.data import read_image, write_png
+from common.config import fail
+from common.images import read_image, write_png
 
 Restore = Callable[[list[np.ndarray], list[torch.Generator]], list[np.ndarray]]
 
@@ -49,7 +50,7 @@ def load(model: str, options: dict, given: list[str]) -> Restore:
     if has_pipeline(model):
         return load_pipeline(model, device, options)
     if given:
-        run.fail(f"candidates: hf: {model} is a network without randomness: remove {' and '.join(given)} of it")
+        fail(f"candidates: hf: {model} is a network without randomness: remove {' and '.join(given)} of it")
     return load_network(model, device)
 
 
@@ -61,7 +62,7 @@ def has_pipeline(model: str) -> bool:
         return True
     except OSError:
         if Path(model).exists() and not (Path(model) / "config.json").exists():
-            run.fail(f"candidates: hf: {model} holds neither model_index.json (diffusers) nor config.json "
+            fail(f"candidates: hf: {model} holds neither model_index.json (diffusers) nor config.json "
                      "(transformers): give the folder of a saved model")
         return False
 
@@ -72,14 +73,14 @@ def load_pipeline(model: str, device: torch.device, options: dict) -> Restore:
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True).to(device)
     except (OSError, ValueError) as error:
-        run.fail(f"candidates: hf: {model} cannot be loaded by diffusers (safetensors only): {error}")
+        fail(f"candidates: hf: {model} cannot be loaded by diffusers (safetensors only): {error}")
     pipeline.set_progress_bar_config(disable=True)
     with_text = isinstance(pipeline, StableDiffusionUpscalePipeline)
     if not with_text and not isinstance(pipeline, LDMSuperResolutionPipeline):
-        run.fail(f"candidates: hf: {model} is a {type(pipeline).__name__}; supported are "
+        fail(f"candidates: hf: {model} is a {type(pipeline).__name__}; supported are "
                  "LDMSuperResolutionPipeline and StableDiffusionUpscalePipeline")
     if not with_text and options["guidance"] != 1:
-        run.fail(f"candidates: hf: {model} sees no text: remove guidance of it")
+        fail(f"candidates: hf: {model} sees no text: remove guidance of it")
 
     def restore(lrs: list[np.ndarray], generators: list[torch.Generator]) -> list[np.ndarray]:
         settings = {"num_inference_steps": options["steps"], "generator": generators}
@@ -89,7 +90,7 @@ def load_pipeline(model: str, device: torch.device, options: dict) -> Restore:
         else:
             height, width = lrs[0].shape[:2]
             if height % 32 or width % 32:
-                run.fail(f"candidates: hf: {model} needs LR images in multiples of 32 px, these are {width}x{height}: "
+                fail(f"candidates: hf: {model} needs LR images in multiples of 32 px, these are {width}x{height}: "
                          "choose hr_size and scale so")
             images = pipeline(image=pixels(lrs) * 2 - 1, **settings).images
         return [np.array(image.convert("RGB")) for image in images]
@@ -107,7 +108,7 @@ def load_network(model: str, device: torch.device) -> Restore:
     try:
         network = AutoModelForImageToImage.from_pretrained(model, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
-        run.fail(f"candidates: hf: {model} cannot be loaded by transformers (safetensors only): {error}")
+        fail(f"candidates: hf: {model} cannot be loaded by transformers (safetensors only): {error}")
 
     @torch.no_grad()
     def restore(lrs: list[np.ndarray], generators: list[torch.Generator]) -> list[np.ndarray]:

@@ -16,10 +16,17 @@ of a diffusion model: the loss is the same. All arithmetic is float32, whatever 
 Sources: GRPO arXiv 2402.03300; the clipped ratio (PPO) arXiv 1707.06347, with two limits arXiv 2503.14476;
 constant denominator (Dr. GRPO) arXiv 2503.20783; denoising as actions (DDPO) arXiv 2305.13301; the KL
 estimate k3 http://joschu.net/blog/kl-approx.html.
+
+Ranking rewards for a model that scores the candidates of one LR image. Needs torch only.
+
+Shapes: C candidates of one LR image, K replies to each, any leading axes. scores [.., C, K]: NaN, not parsed. ranks
+[.., C]: 1 best, ties allowed, NaN no label; targets [.., C]: wanted scores, NaN likewise. A reward is the mean over the
+other candidates z of the same LR image; NaN where the reply has no score or the axis no label.
 """
 import math
 
 import torch
+from torch import Tensor
 
 
 def group_advantages(
@@ -145,3 +152,35 @@ def gaussian_kl(
     std = torch.as_tensor(std, dtype=torch.float32, device=mean.device)
     assert ref_mean.shape == mean.shape, f"mean {tuple(mean.shape)}, ref_mean {tuple(ref_mean.shape)}"
     return ((mean.float() - ref_mean.detach().float()) / std).square().div(2).flatten(1).mean(dim=1)
+
+
+def thurstone(scores: Tensor, ranks: Tensor, std_floor: float) -> Tensor:
+    """
+    Ranking reward of every reply, in 0..1, NaN where the reply has no score or the axis no label: like scores.
+
+    A score q of candidate i meets the scores of each other candidate z: by Thurstone's model
+    p = Phi((q - mean_z) / sqrt(var_i + var_z + std_floor^2)) is the chance that i is better. The reward is the
+    mean over z of the fidelity sqrt(p g) + sqrt((1 - p)(1 - g)), g = 1, 1/2, 0 where i is above, level, below z.
+    Source: VisualQuality-R1, arXiv 2505.14460, which has the unbiased variance (over K - 1); the cohort (one LR image),
+    the variance over K, and the floor are ours.
+    """
+    valid = ~scores.isnan()
+    mean = scores.nanmean(-1)                                                                  # [.., C] NaN if none
+    var = torch.where(valid, scores - mean[..., None], 0.0).square().sum(-1) / valid.sum(-1).clamp(min=1)
+    scale = (var[..., :, None] + var[..., None, :] + std_floor ** 2).sqrt()                    # [.., C, C]
+    p = torch.special.ndtr((scores[..., None] - mean[..., None, None, :]) / scale[..., :, None, :])    # [.., C, K, C]
+    g = above(ranks)[..., :, None, :]                                                          # [.., C, 1, C]
+    fidelity = (p * g).sqrt() + ((1 - p) * (1 - g)).sqrt()
+    return mean_over_others(fidelity)
+
+
+def above(ranks: Tensor) -> Tensor:
+    """[.., C, C] 1, 1/2, 0 where the candidate of the row ranks above, level with, below that of the column, or NaN."""
+    ahead = ranks[..., None, :] - ranks[..., :, None]
+    return torch.where(ahead.isnan(), torch.nan, (ahead.sign() + 1) / 2)                       # sign(NaN) may be 0
+
+
+def mean_over_others(values: Tensor) -> Tensor:
+    """[.., C, K, C] what reply k to i earns against z -> [.., C, K] mean over z other than i, NaN left out."""
+    itself = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)[:, None]
+    return torch.where(itself, torch.nan, values).nanmean(-1)

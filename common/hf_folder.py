@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 
 from common import run
-from common.data import AXES, SPLITS, load_groups
-from common.files import read_json
-from common.group_file import files_of, wrong_record
+from common.config import fail
+from common.groups import SPLITS, files_of, load_groups, wrong_record
 from common.import_tables import SPLIT_NAMES, rank_label, score_label
 from common.jobs import write_lines
-from common.tables import fail, number, picture, read_json_lines
-from common.tables import read_json as read_record
+from common.metrics import AXES
+from common.run import read_json
+from common.tables import number, parse_json, picture, read_json_lines
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}           # the names that `datasets` expects
 RECORD = ("id", "split", "source", "scale", "lr", "hr", "degradation", "candidates", "labels", "sha256")
@@ -41,7 +41,7 @@ def row(group: dict, has_hr: bool) -> dict:
 def export(folder: Path, out: Path, license_name: str) -> None:
     """Write the finished stage 01 in `folder` to `out`, which must not exist yet; it appears whole or not at all."""
     if out.exists():
-        run.fail(f"export: {out} exists: delete it or give another folder")
+        fail(f"export: {out} exists: delete it or give another folder")
     partial = Path(f"{out}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     present = {json.loads(line)["split"] for line in (folder / "groups.jsonl").read_text().splitlines()}
@@ -88,7 +88,7 @@ def read_hf(place: Path, roles: dict[str, str], margin: float) -> list[dict]:
     """Groups of every metadata.jsonl below `place`; its folder's name gives the split where it is one."""
     tables = sorted(place.rglob("metadata.jsonl"))
     if not tables:
-        run.fail(f"import_from: {place} holds no metadata.jsonl: give the folder of an imagefolder data set")
+        fail(f"import_from: {place} holds no metadata.jsonl: give the folder of an imagefolder data set")
     groups = []
     for table in tables:
         for line, own in read_json_lines(table):
@@ -119,7 +119,7 @@ def read_row(table: Path, line: int, own: dict) -> dict:
                 group["labels"][axis] = made | group["labels"].get(axis, {})
     if "record" not in own:
         return group
-    record = read_record(own["record"], table, line)
+    record = parse_json(own["record"], table, line)
     if not isinstance(record, dict) or not set(RECORD) <= set(record) or record["split"] != group["split"]:
         fail(table, line, f"record should be a line of groups.jsonl of the split {group['split']}", do="export again")
     if reason := wrong_record(record):

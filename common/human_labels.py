@@ -16,10 +16,12 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from common import agreement, data, judgements, metrics, quality, run
+from common import agreement, judgements, metrics, quality, run
+from common.config import fail
 from common.contact_sheet import contact_sheet
-from common.files import plain
+from common.groups import SPLITS, all_groups
 from common.jobs import write_lines
+from common.run import plain
 
 PRIOR = 1.5                     # log odds; one judgement then pulls two candidates apart by about 1
 LOG_NU = (-4.0, 3.0)            # bounds: without any tie (or with nothing else) nu has no finite optimum
@@ -101,7 +103,7 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
 
     The others are kept beside them, so that either can be had again, byte by byte. without: annotators left out.
     """
-    groups, manifest, old = data.all_groups(folder), *(run.read_json(folder / name) for name in
+    groups, manifest, old = all_groups(folder), *(run.read_json(folder / name) for name in
                                                       ("manifest.json", "quality.json"))
     names = {group["id"]: [candidate["id"] for candidate in group["candidates"]] for group in groups}
     if kind == "human":
@@ -109,11 +111,11 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
         judged = judgements.live(judgements.read(folder / judgements.NAME, names, pictures))
         unknown = set(without) - {j["annotator"] for j in judged}
         if unknown:
-            run.fail(f"annotate_without: there is no judgement by {', '.join(sorted(unknown))}")
+            fail(f"annotate_without: there is no judgement by {', '.join(sorted(unknown))}")
         used = [j for j in judged if j["annotator"] not in without]
         labels, report = aggregate(names, used), agreement.report(names, judged, without)
         if not any(labels.values()):
-            run.fail(f"{folder / judgements.NAME}: no group has enough judgements yet to rank its candidates: go on "
+            fail(f"{folder / judgements.NAME}: no group has enough judgements yet to rank its candidates: go on "
                      f"with `{run.command(folder.name)} annotate=true`")
         for group in groups:
             group.setdefault("proxy_labels", group["labels"])
@@ -145,5 +147,5 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
 def counts(groups: list[dict]) -> dict:
     """How many groups people have labeled, for the manifest."""
     labeled = [group for group in groups if group["labels"]]
-    return {"labeled_groups": {split: sum(group["split"] == split for group in labeled) for split in data.SPLITS},
+    return {"labeled_groups": {split: sum(group["split"] == split for group in labeled) for split in SPLITS},
             "labeled_overall": sum("overall" in group["labels"] for group in labeled)}

@@ -8,8 +8,8 @@ with paths as Path. Every field of the source is kept: in a label, in a vote, or
 from pathlib import Path
 
 from common import metrics, votes
-from common.data import AXES
-from common.tables import choice, fail, number, picture, read_table
+from common.metrics import AXES
+from common.tables import choice, number, picture, read_table, stop_at
 
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
 OF_GROUP = ("hr", "source", "split")                    # optional columns of the tables `csv` and `mos`
@@ -37,7 +37,7 @@ def table_groups(place: Path, rows: list[tuple[int, dict]]) -> dict[str, dict]:
             own["split"] = SPLIT_NAMES[choice(own["split"], tuple(SPLIT_NAMES), place, line=line, what="split")]
         found = groups.setdefault(row["lr"], {"given": own, "lines": []})
         if found["given"] != own:
-            fail(place, line, f"{row['lr']} had other values of {', '.join(OF_GROUP)} on line {found['lines'][0][0]}",
+            stop_at(place, line, f"{row['lr']} had other values of {', '.join(OF_GROUP)} on line {found['lines'][0][0]}",
                  do="make them the same")
         found["lines"].append((line, row))
     for name, group in groups.items():
@@ -66,7 +66,7 @@ def read_csv(place: Path, roles: dict[str, str], margin: float) -> list[dict]:
             axis = choice(row["axis"], AXES, place, line=line, what="axis")
             picked = choice(row["choice"], votes.CHOICES, place, line=line, what="choice")
             if row["candidate_a"] == row["candidate_b"]:
-                fail(place, line, "candidate_a and candidate_b are the same", do="remove the line")
+                stop_at(place, line, "candidate_a and candidate_b are the same", do="remove the line")
             vote = {}
             for side in "ab":
                 name, method = row[f"candidate_{side}"], row.get(f"method_{side}")
@@ -75,7 +75,7 @@ def read_csv(place: Path, roles: dict[str, str], margin: float) -> list[dict]:
                     file = picture(name, place.parent, place, line=line)
                     group["candidates"].append({"method": method, "file": file, "extra": {}})
                 elif method != group["candidates"][index[name]]["method"]:
-                    fail(place, line, f"{name} had another method before", do="make them the same")
+                    stop_at(place, line, f"{name} had another method before", do="make them the same")
                 vote[side] = index[name]
             rest = {key: value for key, value in row.items() if key not in needed + OF_GROUP + ("method_a", "method_b")}
             cast.setdefault(axis, []).append(vote | {"choice": picked, "annotator": row["annotator"]} | rest)
@@ -113,12 +113,12 @@ def read_mos(place: Path, roles: dict[str, str], margin: float) -> list[dict]:
         for line, row in group["lines"]:
             file = picture(row["candidate"], place.parent, place, line=line)
             if file in [candidate["file"] for candidate in group["candidates"]]:
-                fail(place, line, f"{row['candidate']} is rated twice for {row['lr']}", do="keep one line")
+                stop_at(place, line, f"{row['candidate']} is rated twice for {row['lr']}", do="keep one line")
             for axis, column in columns.items():
                 if axis in present:
                     scores[axis].append(number(row.get(column), place, line, what=column))
                 elif row.get(column) not in (None, ""):
-                    fail(place, line, f"{column} is given here, not on the group's first line", do="give all or none")
+                    stop_at(place, line, f"{column} is given here, not on the group's first line", do="give all or none")
             used = (*needed, *columns.values(), *OF_GROUP)
             rest = {key: value for key, value in row.items() if key not in used}
             group["candidates"].append({"method": row["method"], "file": file, "extra": rest})

@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from common import duplicates, photos, run
-from common.data import SPLITS, copy_png, read_image
-from common.files import plain
+from common.config import fail
+from common.groups import SPLITS
 from common.hf_folder import read_hf
+from common.images import copy_png, read_image
 from common.import_folders import read_refsr, read_sriqa
 from common.import_tables import read_csv, read_mos
 from common.jobs import run_jobs, stamp
+from common.run import plain
 
 READERS = {"refsr": read_refsr, "sriqa": read_sriqa, "csv": read_csv, "mos": read_mos, "hf": read_hf}
 ROLES = {"refsr": None, "sriqa": ("lr", "hr", "candidate", "mos"), "csv": (), "mos": (), "hf": ()}     # None: any
@@ -49,7 +51,7 @@ def build(cfg, folder: Path, pool: ProcessPoolExecutor | None) -> tuple[list[dic
             run.discard(folder)
         raise
     if begun_before and run.read_json(plan_file) != plan:
-        run.fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
+        fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
     run.write_json(plan_file, plan)
     print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}")
     base = Path(cfg.import_from)
@@ -63,16 +65,16 @@ def read(cfg) -> list[dict]:
     """What the reader of import_format returns, as JSON, once it is clear that stages 02 and 03 can use it."""
     place, wants_file = Path(cfg.import_from), cfg.import_format in ("csv", "mos")
     if not (place.is_file() if wants_file else place.is_dir()):
-        run.fail(f"import_from: {place} is not a {'file' if wants_file else 'folder'}, as import_format="
+        fail(f"import_from: {place} is not a {'file' if wants_file else 'folder'}, as import_format="
                  f"{cfg.import_format} needs: give an existing one")
     roles = parse_roles(cfg.import_roles, cfg.import_format)
     groups = plain(READERS[cfg.import_format](place, roles, cfg.tie_margin))
     if not groups:
-        run.fail(f"import_from: {place} holds no group: its tables have no lines; give the whole set")
+        fail(f"import_from: {place} holds no group: its tables have no lines; give the whole set")
     count = len(groups[0]["candidates"])
     for group in groups:
         if len(group["candidates"]) != count or count < 2:
-            run.fail(f"{group['where']}: {len(group['candidates'])} candidate(s), but {groups[0]['where']} has {count}:"
+            fail(f"{group['where']}: {len(group['candidates'])} candidate(s), but {groups[0]['where']} has {count}:"
                      " all groups need the same number, 2 or more, as later stages compare them in batches; "
                      "remove candidates or groups, or import each number into its own run=")
     print(f"{sum(bool(group['labels']) for group in groups)} of {len(groups)} groups are labeled")
@@ -84,7 +86,7 @@ def lr_hash(group: dict) -> list[str]:
     try:
         return duplicates.dct_hash(read_image(group["lr"]))
     except ValueError as error:
-        run.fail(f"{group['where']}: {group['lr']} cannot be read ({error}): repair the file or remove the group")
+        fail(f"{group['where']}: {group['lr']} cannot be read ({error}): repair the file or remove the group")
 
 
 def plan_groups(cfg, groups: list[dict], near: list[dict]) -> list[dict]:
@@ -94,11 +96,11 @@ def plan_groups(cfg, groups: list[dict], near: list[dict]) -> list[dict]:
     """
     given = [group["split"] for group in groups]
     if any(given) and not all(given):
-        run.fail(f"{groups[given.index(None)]['where']}: no split, but others have one: give it for all or none")
+        fail(f"{groups[given.index(None)]['where']}: no split, but others have one: give it for all or none")
     splits = {}
     for group in groups if any(given) else []:
         if splits.setdefault(group["source"], group["split"]) != group["split"]:
-            run.fail(f"{group['where']}: source {group['source']!r} is in {splits[group['source']]} and in "
+            fail(f"{group['where']}: source {group['source']!r} is in {splits[group['source']]} and in "
                      f"{group['split']}: a photograph must lie in one split only; correct the set")
     named = {"val": cfg.val_sources, "test": cfg.test_sources}
     fractions = {"test": cfg.test_fraction, "val": cfg.val_fraction}
@@ -110,7 +112,7 @@ def plan_groups(cfg, groups: list[dict], near: list[dict]) -> list[dict]:
         plan += [group | {"split": split, "id": group["record"]["id"] if "record" in group else f"{split}_{n:05d}"}
                  for n, group in enumerate(own)]
     if len({group["id"] for group in plan}) < len(plan):
-        run.fail(f"{cfg.import_from}: two groups have the same id: export the set again")
+        fail(f"{cfg.import_from}: two groups have the same id: export the set again")
     return plan
 
 
@@ -131,11 +133,11 @@ def copy_group(folder: str, base: str, job: dict) -> dict:
     try:
         sizes = [copy_png(file, root / path) for file, path in zip(files, paths)]
     except ValueError as error:
-        run.fail(f"{job['where']}: {error}: repair the file or remove the group")
+        fail(f"{job['where']}: {error}: repair the file or remove the group")
     scale = sizes[1][0] // sizes[0][0]
     for file, size in zip(files[1:], sizes[1:]):
         if scale < 1 or size != tuple(scale * side for side in sizes[0]):
-            run.fail(f"{job['where']}: {file} is {size[1]}x{size[0]}; expected all candidates (and HR) to have one "
+            fail(f"{job['where']}: {file} is {size[1]}x{size[0]}; expected all candidates (and HR) to have one "
                      f"size, a whole multiple of the LR image's {sizes[0][1]}x{sizes[0][0]}: correct the group or "
                      "remove it")
     if record:

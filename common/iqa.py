@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import run
+from common.config import fail
 
 
 @dataclass
@@ -25,15 +25,15 @@ def load(names: list[str], device: torch.device) -> list[Measure]:
         import pyiqa
         from pyiqa.default_model_configs import DEFAULT_CONFIGS
     except ImportError as error:
-        run.fail(f"pyiqa_metrics: {error}: install pyiqa (mind its license) or leave the setting empty")
+        fail(f"pyiqa_metrics: {error}: install pyiqa (mind its license) or leave the setting empty")
     found = []
     for name in names:
         if name not in DEFAULT_CONFIGS:
-            run.fail(f"pyiqa_metrics: pyiqa has no metric {name!r}; `pyiqa.list_models()` lists all")
+            fail(f"pyiqa_metrics: pyiqa has no metric {name!r}; `pyiqa.list_models()` lists all")
         try:
             model = pyiqa.create_metric(name, device=device)
         except (OSError, RuntimeError) as error:
-            run.fail(f"pyiqa_metrics: {name} cannot be loaded ({error}): its weights may be missing")
+            fail(f"pyiqa_metrics: {name} cannot be loaded ({error}): its weights may be missing")
         known = DEFAULT_CONFIGS[name]
         weights = ", ".join(f"{key}={value}" for key, value in known["metric_opts"].items())
         found.append(Measure(name, model, f"pyiqa {importlib.metadata.version('pyiqa')}: {weights}",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import guide, run
+from common import run
+from common.config import fail
 
 
 def start_pool(workers: int) -> ProcessPoolExecutor | None:
@@ -49,7 +50,7 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
     begun, left = time.time(), [job for job in jobs if job["id"] not in done]
     with open(log, "a", encoding="utf-8") as file, \
             tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=log.stem, mininterval=1) as bar:
-        for name, result in guide.announce(completed(pool, function, left), len(left), log.stem):
+        for name, result in run.announce(completed(pool, function, left), len(left), log.stem):
             file.write(json.dumps({"id": name, "key": keys[name], "result": result}) + "\n")
             file.flush()
             done[name] = result
@@ -77,7 +78,7 @@ def completed(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict]
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        run.fail("a worker process died, perhaps for want of memory: run again with workers=1")
+        fail("a worker process died, perhaps for want of memory: run again with workers=1")
     finally:
         for future in futures:
             future.cancel()                                 # after a failure: do not start the rest

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common import run
+from common.config import fail
 
 NAME = "judgements.jsonl"
 ASKED = ("consistency", "naturalness")
@@ -36,7 +36,7 @@ def open_log(path: Path) -> BinaryIO:
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        run.fail(f"{path} is in use: another program serves the annotation page of this run already; use that page "
+        fail(f"{path} is in use: another program serves the annotation page of this run already; use that page "
                  "(several people can), or stop it")
     log.seek(0)
     log.truncate(log.read().rfind(b"\n") + 1)
@@ -76,10 +76,10 @@ def read(path: Path, groups: dict[str, list[str]], pictures: dict[str, str]) -> 
         try:
             line = json.loads(raw)
         except ValueError as error:
-            run.fail(f"{path} line {number} is not JSON ({error}): remove or repair that line")
+            fail(f"{path} line {number} is not JSON ({error}): remove or repair that line")
         reason = invalid(line, groups, pictures, known)
         if reason:
-            run.fail(f"{path} line {number}: {reason}: remove that line, or use the file of this run")
+            fail(f"{path} line {number}: {reason}: remove that line, or use the file of this run")
         known.add(line["id"])
         lines.append(line)
     return lines

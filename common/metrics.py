@@ -1,40 +1,26 @@
 """
+groups.jsonl of stage 01, read with distrust: types, numbers, ids, and files that lie inside the folder.
+
 Numbers that compare images and rankings. Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border
 is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labels and need the ground truth.
+
+LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
 """
 import math
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import bootstrap, spearmanr
 from skimage.metrics import structural_similarity
 
-FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
-           "lanczos": Image.LANCZOS}
+from common.images import to_float
+
+AXES = ("consistency", "naturalness", "overall")
 # chosen by looking at sheets of candidates sorted by score, on training photographs
 CONSISTENCY_SCALE = 0.04     # RMSE (of 1) between the down-sampled images at which the score is 1/2
 NATURALNESS_SCALE = 0.6      # mean |log energy ratio| at which the score is 1/e
 DETAIL_WIDTHS = ((0, 1.0), (1.5, 1.5))   # px, and a gain that makes the bands about equally strong
 ENERGY_FLOOR = (4 / 255)**2  # detail of this strength counts as nothing
-
-
-def resize(image: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
-    """[H, W, 3] to size (width, height), anti-aliased; how: a key of FILTERS. uint8 stays uint8."""
-    if image.dtype == np.uint8:
-        return np.array(Image.fromarray(image).resize(size, FILTERS[how]))
-    channels = [Image.fromarray(channel) for channel in np.moveaxis(image, 2, 0).astype(np.float32)]
-    return np.stack([np.asarray(channel.resize(size, FILTERS[how])) for channel in channels], axis=2)
-
-
-def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 0..255 or float 0..1 -> float64 0..1."""
-    return image / 255.0 if image.dtype == np.uint8 else image.astype(np.float64)
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """float 0..1 (clipped) -> uint8."""
-    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
 
 
 def down(image: np.ndarray, scale: int) -> np.ndarray:
@@ -148,3 +134,9 @@ def proxy_naturalness(candidate: np.ndarray, pristine: np.ndarray) -> float:
     """
     log_energy = [np.log(detail_energies(image) + ENERGY_FLOOR) for image in (candidate, pristine)]
     return math.exp(-np.abs(log_energy[0] - log_energy[1]).mean() / NATURALNESS_SCALE)
+
+
+def held_out(image: np.ndarray, lr: np.ndarray, hr: np.ndarray) -> tuple[float, float, float]:
+    """The proxy label of a restored uint8 image [H, W, 3]: sqrt(consistency x naturalness), and these two; 0 to 1."""
+    consistency, naturalness = proxy_consistency(image, hr, lr), proxy_naturalness(image, hr)
+    return (consistency * naturalness) ** 0.5, consistency, naturalness

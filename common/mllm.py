@@ -12,6 +12,8 @@ Prompt order is instruction, LR, candidate: all candidates of an LR share the pr
 
 Shapes: G groups (one LR each), C candidates, K replies, L tokens in a row, B rows, V vocabulary, D hidden size, S
 features per image token (1; in Qwen3-VL 1 + layers of DeepStack, arXiv 2406.04334). Images are uint8 [H, W, 3].
+
+What the vision tower is shown of a group [LR, candidate 1, .., candidate C]; images are uint8 [H, W, 3].
 """
 import re
 from contextlib import AbstractContextManager, nullcontext
@@ -28,13 +30,14 @@ from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
-from common import candidates, plain_rows, run, tree_attention
+from common import candidates, plain_rows, run, token_tree
+from common.config import fail
+from common.images import resize
+from common.metrics import AXES
 from common.token_tree import Rows, Segment, collate, image_segment, last_tokens, text_segment
-from common.views import pixel_patches
 
 PROMPT_VERSION = 1
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")   # dense decoders of softmax attention alone, see token_tree.py
-AXES = ("consistency", "naturalness", "overall")
 DIGITS = "123456789"
 INSTRUCTION = (
     "Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: consistency "
@@ -78,7 +81,7 @@ class Judge:
     device: torch.device
     detail_view: bool = False       # images above the pixel budget as four tiles (see views.detail_mosaic)
     plain_rows: bool = False        # the slow way, without shared prefixes (see plain_rows.py)
-    long: int = tree_attention.LONG     # tokens from which on rows attend branch by branch
+    long: int = token_tree.LONG     # tokens from which on rows attend branch by branch
 
     def __post_init__(self):
         encode = self.encode
@@ -86,7 +89,7 @@ class Judge:
         assert self.candidate_view in ("image", "clip"), f"candidate_view: image or clip, not {self.candidate_view}"
         assert (self.lr_view, self.candidate_view) != ("native", "clip"), "candidate_view=clip needs lr_view=resized"
         assert self.lr_view == "resized" or not self.detail_view, "detail_view needs lr_view=resized"
-        self.net.set_attn_implementation({"text_config": tree_attention.NAME})
+        self.net.set_attn_implementation({"text_config": token_tree.NAME})
         digits = [encode(d) for d in DIGITS]
         assert all(len(ids) == 1 for ids in digits), "the tokenizer must have one token for each digit 1..9"
         self.digit_ids = torch.tensor(digits, device=self.device)[:, 0]                             # [9]
@@ -148,7 +151,7 @@ def hidden_states(judge: Judge, rows: Rows, features: list[Tensor], cache=None) 
         return plain_rows.hidden_states(judge, rows, features)
     return judge.net.model(
         input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask, past_key_values=cache,
-        use_cache=cache is not None, tree=tree_attention.branches(rows, judge.long),
+        use_cache=cache is not None, tree=token_tree.branches(rows, judge.long),
         mm_encoder_outputs=plain_rows.encoded(judge, features)).last_hidden_state
 
 
@@ -219,10 +222,10 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         config = AutoConfig.from_pretrained(source)
         kinds = set(config.get_text_config().to_dict().get("layer_types") or ()) - {"full_attention"}
         if kinds:
-            run.fail(f"model {source}: its decoder has {', '.join(sorted(kinds))} layers, where candidates that share "
+            fail(f"model {source}: its decoder has {', '.join(sorted(kinds))} layers, where candidates that share "
                      "a prefix would leak into each other; give a Qwen2.5-VL or Qwen3-VL")
         if config.model_type not in FAMILIES:
-            run.fail(f"model {source} is a {config.model_type}; this code knows dense Qwen2.5-VL and Qwen3-VL")
+            fail(f"model {source} is a {config.model_type}; this code knows dense Qwen2.5-VL and Qwen3-VL")
         model, told = AutoModelForImageTextToText.from_pretrained(        # what does not fit is refused below
             source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)
@@ -233,7 +236,7 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         model = model.to(device).eval().requires_grad_(False)
         return Judge(model, tokenizer, processor, lr_view, candidate_view, device, detail_view)
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
-        run.fail(f"model {source}: cannot be loaded ({error}); give a folder or hub id of a Qwen2.5-VL or Qwen3-VL")
+        fail(f"model {source}: cannot be loaded ({error}); give a folder or hub id of a Qwen2.5-VL or Qwen3-VL")
 
 
 def save_model(judge: Judge, folder: Path) -> None:
@@ -273,9 +276,9 @@ def load_judge(stage: str | Path, device: torch.device) -> Judge:
     stage = Path(stage)
     facts, again = run.read_json(stage / "judge" / "judge.json"), "delete this folder and run 02_train_reward.py again"
     if lacking := sorted(FACTS - set(facts)):
-        run.fail(f"{stage}: judge/judge.json lacks {', '.join(lacking)}; {again}")
+        fail(f"{stage}: judge/judge.json lacks {', '.join(lacking)}; {again}")
     if facts["prompt_version"] != PROMPT_VERSION:
-        run.fail(f"{stage}: the judge was trained with prompt version {facts['prompt_version']}, this code has version "
+        fail(f"{stage}: the judge was trained with prompt version {facts['prompt_version']}, this code has version "
                  f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
     base = stage / facts["base"] if facts["base_inside"] else facts["base"]
     views = {key: facts[key] for key in ("lr_view", "candidate_view")}
@@ -286,5 +289,53 @@ def load_judge(stage: str | Path, device: torch.device) -> Judge:
         try:
             judge.model = PeftModel.from_pretrained(judge.model, stage / "judge" / "adapter").to(device).eval()
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            run.fail(f"{stage}: judge/adapter cannot be loaded ({error}); {again}")
+            fail(f"{stage}: judge/adapter cannot be loaded ({error}); {again}")
     return judge
+
+
+def detail_mosaic(image: np.ndarray, processor) -> np.ndarray:
+    """
+    An image of at least twice the processor's pixel budget as 2 x 2 tiles that together fit the budget: the whole
+    image, shrunk, and three places at full resolution, a quarter, a half and three quarters down in reading order.
+
+    The places depend on the size alone, so that LR image and candidates stay aligned, and a judge without LR (stage
+    03's comparison) sees the same of the candidate. Smaller images, and those too thin for tiles, stay as they are.
+    """
+    height, width = image.shape[:2]
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]             # pixels
+    multiple, shrink = processor.patch_size * processor.merge_size, (most / (height * width)) ** 0.5 / 2
+    h, w = (int(side * shrink) // multiple * multiple for side in (height, width))             # of a tile
+    if height * width < 2 * most or 4 * h * w < max(least, 1):
+        return image
+    places = [(y, x) for y in range(0, height - h + 1, h) for x in range(0, width - w + 1, w)]
+    chosen = [places[i] for i in np.linspace(0, len(places) - 1, 5).round().astype(int)[1:4]]
+    tiles = [resize(image, (w, h), "bicubic"), *(image[y:y + h, x:x + w] for y, x in chosen)]
+    return np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])
+
+
+def pixel_patches(judge, groups: list[list[np.ndarray]]) -> tuple[Tensor, Tensor]:
+    """
+    What the vision tower of a mllm.Judge is fed, float32 [patches, 3 * 2 * p * p], and the patch grids [images, 3].
+
+    The candidates of a group have one size. Qwen-VL cuts *two frames* into one patch and shows a still image twice;
+    with candidate_view "clip" a candidate's first frame is the LR image: a patch holds both.
+    """
+    images, processor = [], judge.processor
+    for lr, *shown in groups:
+        height, width = shown[0].shape[:2]
+        own = [lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic"), *shown]
+        if judge.detail_view:
+            own = [detail_mosaic(image, processor) for image in own]
+        images += own
+    batch = processor(images, return_tensors="pt")
+    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]                     # [patches, 3 * 2 * p * p]
+    if judge.candidate_view == "clip":
+        pixels = pixels.unflatten(1, (3, 2, -1)).clone()                               # [patches, 3, 2, p * p]
+        counts, at = grids.prod(1).tolist(), 0
+        for group in groups:
+            n = counts[0]
+            own = pixels[at:at + n * len(group)].unflatten(0, (len(group), n))         # a view
+            own[1:, :, :, 0] = own[:1, :, :, 0]                                        # first frame: the LR image
+            counts, at = counts[len(group):], at + n * len(group)
+        pixels = pixels.flatten(1)
+    return pixels, grids

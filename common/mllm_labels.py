@@ -14,9 +14,12 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           Qwen2VLImageProcessorPil)
 
-from common import dist, metrics, run, votes
-from common.data import AXES, group_images
-from common.files import read_json
+from common import dist, run, votes
+from common.config import fail
+from common.groups import group_images
+from common.images import resize
+from common.metrics import AXES
+from common.run import read_json
 from common.tables import read_json_lines
 
 QUESTIONS = dict(zip(AXES, (
@@ -43,13 +46,13 @@ def find(source: str, key: str = "label_model") -> tuple[object, object]:
         images = (Qwen2VLImageProcessorPil if kind in QWEN else AutoProcessor).from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source) if kind in QWEN else images.tokenizer
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        run.fail(f"{key}: {source} cannot be loaded ({error}); give a folder or hub id of an image-text-to-text "
+        fail(f"{key}: {source} cannot be loaded ({error}); give a folder or hub id of an image-text-to-text "
                  "model")
     tokenizer.padding_side = "left"
     if kind not in QWEN and not images.chat_template:
-        run.fail(f"{key}: {source} has no chat template; choose a model that was trained to answer")
+        fail(f"{key}: {source} has no chat template; choose a model that was trained to answer")
     if [len(tokenizer.encode(letter, add_special_tokens=False)) for letter in "AB"] != [1, 1]:
-        run.fail(f"{key}: {source}: A and B are not one token each; choose another model")
+        fail(f"{key}: {source}: A and B are not one token each; choose another model")
     return tokenizer, images
 
 
@@ -60,7 +63,7 @@ def load(source: str, device: torch.device, key: str = "label_model") -> Asker:
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
-        run.fail(f"{key}: {source} cannot be loaded ({error}); give one with safetensors weights")
+        fail(f"{key}: {source} cannot be loaded ({error}); give one with safetensors weights")
     letters = torch.tensor([tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"], device=device)[:, 0]
     return Asker(model.to(device).eval(), tokenizer, images, letters)
 
@@ -101,7 +104,7 @@ def answers(asker: Asker, triples: list[list[np.ndarray]], question: str, batch:
 
 def both_orders(asker: Asker, lr: np.ndarray, images: list[np.ndarray], batch: int) -> np.ndarray:
     """float [3 axes, pairs, 2]: the answer, see answers, for each pair (i, j), i < j, as A and B, and as B and A."""
-    lr = metrics.resize(lr, images[0].shape[1::-1], "bicubic")
+    lr = resize(lr, images[0].shape[1::-1], "bicubic")
     pairs = combinations(range(len(images)), 2)
     triples = [[lr, images[i], images[j]] for a, b in pairs for i, j in ((a, b), (b, a))]
     return np.stack([answers(asker, triples, QUESTIONS[axis], batch).reshape(-1, 2) for axis in AXES])

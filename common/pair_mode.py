@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import data, dist, mllm_labels
-from common.cohorts import mine
-from common.data import AXES
-from common.labels import Labels
+from common import dist, mllm_labels
+from common.dist import mine
+from common.groups import Labels, group_images
+from common.metrics import AXES
 from common.reward_stats import accuracies, rate
 
 
@@ -27,7 +27,7 @@ def ask(model: str, source: Path, groups: list[dict], device: torch.device, batc
     asker = mllm_labels.load(model, device, "pair_model")
     found = [torch.zeros(0, len(AXES), count * (count - 1) // 2, 2, dtype=torch.float64)]
     for group in tqdm(mine(groups), desc="ask in pairs", unit="group", disable=not dist.is_main()):
-        lr, images, _ = data.group_images(source, group)
+        lr, images, _ = group_images(source, group)
         found.append(torch.from_numpy(mllm_labels.both_orders(asker, lr, images, batch)).double()[None])
     return torch.cat(found)
 

@@ -7,8 +7,9 @@ import numpy as np
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from common import metrics
-from common.data import AXES
-from common.reward_stats import Labels, rate
+from common.groups import Labels
+from common.metrics import AXES
+from common.reward_stats import rate
 
 
 def correlations(scores: np.ndarray, labels: Labels, seed: int) -> dict[str, dict]:

@@ -6,11 +6,10 @@ import matplotlib
 import numpy as np
 import skimage
 
-from common import duplicates, run
-from common.config import nearest
-from common.data import read_image
+from common import duplicates
+from common.config import fail, nearest
+from common.images import SUFFIXES, listed, read_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 # real photographs inside scikit-image's wheel: no drawings, masks, text pages, out-of-focus or tiny pictures
 SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
            "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
@@ -29,16 +28,11 @@ def find(folder: str, key: str) -> list[tuple[str, Path]]:
         return [(SAME_SCENE.get(path.stem, path.stem), path) for path in paths]
     root = Path(folder)
     if not root.is_dir():
-        run.fail(f"{key}: {root} is not a folder: give a folder of pictures")
+        fail(f"{key}: {root} is not a folder: give a folder of pictures")
     paths = listed(root)
     if not paths:
-        run.fail(f"{key}: {root} holds no picture ({' '.join(SUFFIXES)}): give a folder of pictures")
+        fail(f"{key}: {root} holds no picture ({' '.join(SUFFIXES)}): give a folder of pictures")
     return [(path.relative_to(root).with_suffix("").as_posix(), path) for path in paths]
-
-
-def listed(root: Path) -> list[Path]:
-    """All pictures below a folder, by suffix; a broken link is one of them, so that it is named as skipped."""
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -77,10 +71,10 @@ def split_sources(names: list[str], named: dict[str, list[str]], fractions: dict
     for split, wanted in named.items():
         for name in wanted:
             if name not in names:
-                run.fail(f"{split}_sources: there is no usable picture {name!r}; "
+                fail(f"{split}_sources: there is no usable picture {name!r}; "
                          f"did you mean {nearest(name, names)!r}?")
             if name in splits:
-                run.fail(f"{split}_sources: {name!r} is given twice: a picture has one split")
+                fail(f"{split}_sources: {name!r} is given twice: a picture has one split")
             splits[name] = split
     free = sorted((name for name in names if name not in splits),
                   key=lambda name: hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest())
@@ -89,7 +83,7 @@ def split_sources(names: list[str], named: dict[str, list[str]], fractions: dict
         splits |= dict.fromkeys(free[:count], split)
         free = free[count:]
     if not free:
-        run.fail(f"{len(names)} usable picture(s) leave none for training: add some, or set val_groups=0 and "
+        fail(f"{len(names)} usable picture(s) leave none for training: add some, or set val_groups=0 and "
                  "test_groups=0")
     return splits | dict.fromkeys(free, "train")
 
@@ -105,7 +99,7 @@ def split_families(names: list[str], near: list[dict], named: dict[str, list[str
     for name in named["val"]:
         for other in named["test"]:
             if name != other and family.get(name, name) == family.get(other, other):
-                run.fail(f"val_sources: {name!r} looks like {other!r} of test_sources (see common/duplicates.py): put "
+                fail(f"val_sources: {name!r} looks like {other!r} of test_sources (see common/duplicates.py): put "
                          "both into the same split")
     for split, own in wanted.items():
         wanted[split] = own if len(set(named[split])) < len(own) else sorted(set(own), key=own.index)

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from common import dist, mllm, mllm_policy
-from common.cohorts import Cohort
-from common.looks import encode_images
+from common import dist, mllm
+from common.groups import Cohort
 from common.mllm import Judge
+from common.replies import answer_logp, encode_images, learning_mode
 
 # relative, of loss and gradients. Measured on small models: 1e-6 and 1e-6 in float32, 4e-5 and 0.02 in bfloat16, whose
 # rounding hides small faults; replies that see each other: 0.01 and 0.25
@@ -20,7 +20,7 @@ def loss_and_gradients(judge: Judge, cohort: Cohort) -> tuple[float, list[torch.
     replies = [[judge.encode(mllm.compose_reply(targets, method)) for method in ("", "warp")]
                for targets in cohort.targets]
     digits = judge.digit_ids.expand(len(replies) * 3, -1)
-    logp, mask, digit_logp = mllm_policy.logp(judge, *encode_images(judge, [cohort], [0]), [replies], digits)
+    logp, mask, digit_logp = answer_logp(judge, *encode_images(judge, [cohort], [0]), [replies], digits)
     loss = logp[mask].mean() + digit_logp.mean()
     loss.backward()
     gradients = [p.grad for p in judge.model.parameters() if p.grad is not None]
@@ -44,7 +44,7 @@ def choose_rows(cohort: Cohort, judge: Judge, reference: Judge | None = None) ->
 
     Before weights are cut into shards; all ranks come to the same choice. Returns the judge.
     """
-    mllm_policy.learning_mode(judge)
+    learning_mode(judge)
     few = Cohort(cohort.id, cohort.lr, cohort.images[:2], cohort.methods[:2], cohort.ranks[:2], cohort.targets[:2])
     plain_loss, plain = loss_and_gradients(replace(judge, plain_rows=True), few)
     found = [errors(replace(judge, long=long), few, plain_loss, plain)      # as short rows attend, and as long ones do

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import data, dist, metrics, mllm, run
+from common import dist, mllm, run
 from common.candidates import match_colors, smooth
-from common.cohorts import mine
-from common.data import AXES
+from common.dist import mine
+from common.groups import group_images
+from common.images import resize, sheet, to_uint8
+from common.metrics import AXES
 from common.mllm import Judge
 from common.reward_stats import rate
-from common.sr_images import sheet
 
 PROBES = {                              # name -> axis that it hurts, what was done to HR
     "oversharpened": ("naturalness", "unsharp mask: Gaussian of 1.5 px, gain 2"),
@@ -31,7 +32,7 @@ PROBES = {                              # name -> axis that it hurts, what was d
 def tamper(hr: np.ndarray, lr: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """One uint8 image per entry of PROBES, in its order, of an HR image, its LR image and another HR image."""
     (height, width), image = hr.shape[:2], hr / 255.0
-    other = other if other.shape == hr.shape else metrics.resize(other, (width, height), "bicubic")
+    other = other if other.shape == hr.shape else resize(other, (width, height), "bicubic")
     foreign = other / 255.0
     gray = foreign.mean(axis=2, keepdims=True)
     detail = gray - smooth(gray, 4.0)
@@ -44,13 +45,13 @@ def tamper(hr: np.ndarray, lr: np.ndarray, other: np.ndarray, rng: np.random.Gen
                image + 0.12 / max(float(detail.std()), 0.02) * detail,
                image * np.array([1.15, 1.0, 0.85]),
                swapped)
-    return [*map(metrics.to_uint8, changed), metrics.resize(lr, (width, height), "bicubic")]
+    return [*map(to_uint8, changed), resize(lr, (width, height), "bicubic")]
 
 
 def probe_images(source: Path, group: dict, other: dict, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """LR, and HR followed by its probes, of one group; `other`: the group whose HR is the foreign photograph."""
-    lr, _, hr = data.group_images(source, group | {"candidates": []})
-    _, _, foreign = data.group_images(source, other | {"candidates": []})
+    lr, _, hr = group_images(source, group | {"candidates": []})
+    _, _, foreign = group_images(source, other | {"candidates": []})
     return lr, [hr, *tamper(hr, lr, foreign, run.np_rng(seed, "probe", group["id"]))]
 
 

@@ -7,8 +7,8 @@ nearly all pairs of the test split, the labels say little but the names of the m
 import numpy as np
 
 from common import metrics
-from common.data import AXES, SPLITS
-from common.labels import Labels, label_arrays, method_prior
+from common.groups import Labels, SPLITS, label_arrays, method_prior
+from common.metrics import AXES
 
 PRIOR_LIMIT = 0.75      # above this there is a warning; 0.667 is our demo, 0.5 is chance
 

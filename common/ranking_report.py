@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import calibration, data, report, run
-from common.data import AXES
+from common import calibration, report, run
+from common.images import sheet, write_png
 from common.jobs import write_lines
+from common.metrics import AXES
 from common.reward_report import SHOWN, error_bars, interval, png, table, told
-from common.sr_images import sheet
 from common.sr_folders import BICUBIC, Scene
 
 READING = """<ul>
@@ -24,7 +24,6 @@ methods.</li>
 that holds 0 says that these images do not tell the two apart.</li>
 <li>Scores of two judges, or of one judge with other crops, do not compare. A judge can be fooled by what it was never
 trained on: look at the pictures, too.</li></ul>"""
-
 BELOW = """<p>The images with its highest and lowest overall score, around the crop that scored highest or lowest.
 Below: scores of whole images, and what the judge wrote about that crop (one sampled reply: its digits need not
 agree).</p>"""
@@ -139,5 +138,5 @@ def write(folder: Path, results: dict, *, measured: np.ndarray, scenes: list[Sce
     run.write_bytes(folder / "scores.csv", scores_csv(lines))
     run.write_bytes(folder / "table.md", markdown(results).encode())
     run.write_json(folder / "results.json", results)
-    data.write_png(folder / "contact_sheet.png", contact_sheet(shown, [row["method"] for row in results["ranking"]]))
+    write_png(folder / "contact_sheet.png", contact_sheet(shown, [row["method"] for row in results["ranking"]]))
     run.write_bytes(folder / "report.html", page(results, shown, skipped))

@@ -5,14 +5,13 @@ from urllib.parse import quote
 
 import numpy as np
 
-from common import data, metrics, ranking_report, report, run, sr_judging
-from common.data import AXES
+from common import ranking_report, report, run, sr_judging
+from common.images import MAX_PIXELS, read_image, resize, sheet, write_png
+from common.metrics import AXES
 from common.photos import luma
 from common.restoring import BICUBIC, Picture
-from common.sr_images import sheet
 
 VIEW = 384                              # px of an output that are shown of each picture, at most
-
 SCORES = """<p>Scores are the judge's, 1 to 9: is the image consistent with the low-resolution one, does it look like a
 photograph, and overall. It never saw a ground truth, and it can be fooled: trust your eyes first.</p>"""
 
@@ -25,13 +24,13 @@ def liveliest(lr: np.ndarray, side: int) -> tuple[int, int]:
 
 def view(folder: Path, picture: Picture, line: dict, scale: int) -> dict[str, np.ndarray]:
     """LR enlarged by repetition, bicubic, and every output: a part of the picture where something is to be seen."""
-    lr, side = data.read_image(picture.path), VIEW // scale
+    lr, side = read_image(picture.path), VIEW // scale
     corner = liveliest(lr, side)
     small = sr_judging.crop(lr, corner, side, 1)
     size = tuple(scale * length for length in small.shape[1::-1])
-    soft = metrics.resize(sr_judging.crop(lr, corner, side, 1), size, "bicubic")
-    images = {"LR": metrics.resize(small, size, "nearest"), BICUBIC: soft}
-    return images | {name: sr_judging.crop(data.read_image(folder / made["path"]), corner, side, scale)
+    soft = resize(sr_judging.crop(lr, corner, side, 1), size, "bicubic")
+    images = {"LR": resize(small, size, "nearest"), BICUBIC: soft}
+    return images | {name: sr_judging.crop(read_image(folder / made["path"]), corner, side, scale)
                      for name, made in line["outputs"].items()}
 
 
@@ -63,7 +62,7 @@ def means(lines: list[dict]) -> list[list[str]]:
 def write(folder: Path, cfg, pictures: list[Picture], lines: list[dict], scale: int) -> None:
     """All of it; lines: of restoring.restore_all. At most cfg.shown_images pictures are shown, evenly spread."""
     whole = [(picture, line) for picture, line in zip(pictures, lines) if "reason" not in line
-             and line["size"][0] * line["size"][1] * scale ** 2 <= data.MAX_PIXELS]
+             and line["size"][0] * line["size"][1] * scale ** 2 <= MAX_PIXELS]
     picks = np.unique(np.linspace(0, len(whole) - 1, min(cfg.shown_images, len(whole))).astype(int))
     shown = [(line, view(folder, picture, line, scale)) for picture, line in (whole[i] for i in picks)]
     good, bad = ([line for line in lines if ("reason" in line) == is_bad] for is_bad in (False, True))
@@ -84,4 +83,4 @@ def write(folder: Path, cfg, pictures: list[Picture], lines: list[dict], scale: 
     if shown:
         columns = list(shown[0][1])
         rows = [[square(images[key]) for key in columns] for _, images in shown]
-        data.write_png(folder / "contact_sheet.png", sheet(rows, columns, VIEW))
+        write_png(folder / "contact_sheet.png", sheet(rows, columns, VIEW))

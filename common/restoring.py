@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import color_fix, data, dist, guide, mllm, photos, run, sr_judging, sr_tiles
-from common.data import AXES
+from common import color_fix, dist, mllm, photos, run, sr_judging, sr_tiles
+from common.config import fail
+from common.images import read_image, to_pixels, write_png
 from common.jobs import write_lines
+from common.metrics import AXES
 from common.mllm import Judge
-from common.sr_detail import upsample
-from common.sr_images import to_pixels
-from common.sr_policy import Policy
+from common.sr_policy import Policy, upsample
 
 BICUBIC = "bicubic"                     # scored for comparison, not written
 STATE = "restored.jsonl"
@@ -38,19 +38,19 @@ def find(lr_dir: str, out: Path) -> list[Picture]:
     """The pictures below lr_dir but not below `out`, which may lie inside; stops where `out` could do damage."""
     root, target = Path(lr_dir).resolve(), out.resolve()
     if root.is_relative_to(target):
-        run.fail(f"out: {out} is or holds lr_dir={lr_dir}: give a folder of its own, so that no picture is overwritten")
+        fail(f"out: {out} is or holds lr_dir={lr_dir}: give a folder of its own, so that no picture is overwritten")
     if out.exists() and any(out.iterdir()) and not (out / "config.yaml").exists():
-        run.fail(f"out: {out} has files that this command did not write: give a new or empty folder")
+        fail(f"out: {out} has files that this command did not write: give a new or empty folder")
     found = [(name, path) for name, path in photos.find(lr_dir, "lr_dir")
              if not path.resolve().is_relative_to(target)]
     if not found:
-        run.fail(f"lr_dir: {lr_dir} holds no picture but those in out={out}")
+        fail(f"lr_dir: {lr_dir} holds no picture but those in out={out}")
     taken = collections.Counter(name for name, _ in found)              # a.png and a.jpg: keep the suffix, too
     pictures = [Picture(f"{name}{path.suffix}", path, f"{name}{path.suffix * (taken[name] > 1)}.png")
                 for name, path in found]
     twice, count = collections.Counter(picture.output for picture in pictures).most_common(1)[0]
     if count > 1:
-        run.fail(f"lr_dir: {count} pictures would be restored as {twice}: rename one of them")
+        fail(f"lr_dir: {count} pictures would be restored as {twice}: rename one of them")
     return pictures
 
 
@@ -113,7 +113,7 @@ def restore_one(cfg, folder: Path, picture: Picture, lr: np.ndarray, *, policies
         images[name] = to_pixels(color_fix.fix(image, smooth, kind))[0]
         path = folder / name / picture.output
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_png(path, images[name])
+        write_png(path, images[name])
         outputs[name] = {"path": f"{name}/{picture.output}", "sha256": run.sha256(path)}
     images = {BICUBIC: to_pixels(smooth)[0], **images}
     scored = judge and min(lr.shape[:2]) >= SMALLEST
@@ -129,13 +129,13 @@ def restore_all(cfg, folder: Path, pictures: list[Picture], *, settings: str, po
     own = pictures[dist.rank()::dist.world_size()]
     with open(folder / f"restored_{dist.rank()}.jsonl", "w", encoding="utf-8") as file:
         bar = tqdm(own, desc="restore", unit="image", disable=not dist.is_main())
-        for picture in guide.announce(bar, len(own), "restore"):
+        for picture in run.announce(bar, len(own), "restore"):
             line = {"file": picture.file}
             try:
                 line |= {"sha256": run.sha256(picture.path), "settings": settings}
                 if is_done(folder, state.get(picture.file), line):
                     continue
-                lr = data.read_image(picture.path)
+                lr = read_image(picture.path)
             except (OSError, ValueError) as error:
                 line["reason"] = f"cannot be read: {error}"
             else:

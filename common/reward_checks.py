@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import calibration, data, dist, metrics, mllm, pair_stats
-from common.cohorts import mine
-from common.data import AXES
+from common import calibration, dist, metrics, mllm, pair_stats
+from common.dist import mine
+from common.groups import Labels, group_images
+from common.metrics import AXES
 from common.mllm import Judge
-from common.reward_stats import Labels
 
 
 def score_split(cfg, judge: Judge, source: Path, groups: list[dict]) -> Tensor:
@@ -19,7 +19,7 @@ def score_split(cfg, judge: Judge, source: Path, groups: list[dict]) -> Tensor:
     scores, own = [torch.zeros(0, len(groups[0]["candidates"]), len(AXES), dtype=torch.float64)], mine(groups)
     starts = range(0, len(own), cfg.groups_per_forward)
     for i in tqdm(starts, desc="score validation", unit="batch", disable=not dist.is_main()):
-        lrs, images, _ = zip(*(data.group_images(source, group) for group in own[i:i + cfg.groups_per_forward]))
+        lrs, images, _ = zip(*(group_images(source, group) for group in own[i:i + cfg.groups_per_forward]))
         scores.append(mllm.expected_scores(judge, lrs, images).double())
     return torch.cat(scores)
 
@@ -28,7 +28,7 @@ def costs(judge: Judge, source: Path, groups: list[dict], replies: Tensor | None
     """Median and 95th percentile: seconds and tokens of one candidate scored alone, tokens of a sampled reply."""
     seconds, tokens = [], []
     for group in [groups[0], *groups]:                                       # the first only warms up
-        lr, images, _ = data.group_images(source, group)
+        lr, images, _ = group_images(source, group)
         started = time.time()
         mllm.expected_scores(judge, [lr], [images[:1]])
         seconds.append(time.time() - started)

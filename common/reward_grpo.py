@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common import dist, grpo, mllm, mllm_policy, rewards, sharding
-from common.cohorts import Cohort
-from common.looks import encode
-from common.mllm import AXES, Judge
-from common.mllm_policy import Answers, digit_places, pieces
+from common import dist, grpo, mllm, rewards, sharding
+from common.groups import Cohort
+from common.metrics import AXES
+from common.mllm import Judge
+from common.replies import Answers, answer_logp, digit_places, encode, learning_mode, pieces
 
 STATS = [f"{prefix}{name}" for prefix in ("", "digit_")
          for name in ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")]
@@ -22,7 +22,7 @@ def ranking_reward(cfg, cohort: Cohort, scores: Tensor) -> Tensor:
     """Rewards of scores [3, C, K] by the ranking reward that cfg names; NaN without a score or a label."""
     ranks, targets = (torch.tensor(own.T, dtype=torch.float32) for own in (cohort.ranks, cohort.targets))   # [3, C]
     if cfg.ranking == "thurstone":
-        return rewards.thurstone(scores, ranks, cfg.score_std_floor)
+        return grpo.thurstone(scores, ranks, cfg.score_std_floor)
     if cfg.ranking == "margin":
         return rewards.margin(scores, targets, cfg.margin_width)
     return rewards.pairwise(scores, ranks)
@@ -99,7 +99,7 @@ def learn(judge: Judge, reference: Judge, cfg, answers: list[Answers], old: dict
     old: by piece, log-probabilities of reference and sampler, filled at the first update of a rollout. Returns this
     rank's share of the step's stats: sums over ranks are means over the step, ratio_max aside.
     """
-    mllm_policy.learning_mode(judge)
+    learning_mode(judge)
     tokens = [len(ids) for item in answers for own, keep in zip(item.replies, item.kept) if keep for ids in own]
     n_digits = sum(int(item.digit_kept.sum()) * item.digits.shape[1] for item in answers)
     counts = torch.tensor([float(sum(tokens)), float(n_digits), float(len(tokens))])
@@ -112,8 +112,8 @@ def learn(judge: Judge, reference: Judge, cfg, answers: list[Answers], old: dict
         written = [item.replies for item in part], torch.cat([item.digits for item in part])
         if i not in old:
             with torch.no_grad(), mllm.adapter_off(reference):                 # LoRA leaves the vision tower as it is
-                old[i] = [mllm_policy.logp(reference, *encode(reference, images), *written)[::2]]
-        logp, mask, digit_logp = mllm_policy.logp(judge, *encode(judge, images), *written)
+                old[i] = [answer_logp(reference, *encode(reference, images), *written)[::2]]
+        logp, mask, digit_logp = answer_logp(judge, *encode(judge, images), *written)
         old[i] = (old[i] + [(logp.detach(), digit_logp.detach())])[:2]
         (ref_logp, ref_digit_logp), (old_logp, old_digit_logp) = old[i]
         per_reply = {"tokens": n_tokens, "constant": n_replies * cfg.max_reply_tokens,

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from common import data, mllm
+from common import metrics, mllm
+from common.groups import group_images
 
 # scorer -> (name, what it sees), in the order of table and plot
 SCORERS = {
@@ -34,7 +35,7 @@ def told(reply: str) -> str:
     match = mllm.ANSWER.fullmatch(reply)
     if not match:
         return f"not in the asked form: {' '.join(reply.split())}"
-    digits = ", ".join(f"{axis} {digit}" for axis, digit in zip(mllm.AXES, match.groups()[1:]))
+    digits = ", ".join(f"{axis} {digit}" for axis, digit in zip(metrics.AXES, match.groups()[1:]))
     return f"\"{' '.join(match[1].split())}\" {digits}"
 
 
@@ -128,7 +129,7 @@ def examples(source: Path, groups: list[dict], *, scores: np.ndarray, ranks: np.
     figure.suptitle(f"Sorted by the judge ({axis}): its best candidate on the left, its worst on the right.\n"
                     "Frame: the label, from green = best to red = worst.", fontsize=11)
     for g, group in enumerate(groups):
-        lr, images, _ = data.group_images(source, group)
+        lr, images, _ = group_images(source, group)
         own = group["labels"][axis].get("scores") or [None] * count
         first = g * (count + 1) + 1
         cells = [figure.add_subplot(len(groups), count + 1, first + i) for i in range(count + 1)]

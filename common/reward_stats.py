@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from common import metrics
-from common.data import AXES
-from common.labels import Labels
+from common.groups import Labels
+from common.metrics import AXES
 
 RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")     # the judge is compared with them
 

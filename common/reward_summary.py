@@ -1,11 +1,11 @@
 """What the reward model writes, and earns in a step of GRPO, in numbers."""
 import torch
 
-from common import dist, mllm, run, sampling
-from common.cohorts import Cohort, mine
-from common.looks import encode_images
+from common import dist, mllm, run
+from common.dist import mine
+from common.groups import Cohort
 from common.mllm import Judge
-from common.mllm_policy import Answers
+from common.replies import Answers, encode_images, sample_replies
 
 
 def summary(judge: Judge, cfg, answers: list[Answers]) -> dict[str, float]:
@@ -33,7 +33,7 @@ def parse_rate(judge: Judge, cfg, cohorts: list[Cohort]) -> float:
             features, grids = encode_images(judge, [cohort], [0])
         uniforms = torch.rand(len(cohort.images), 1, cfg.max_reply_tokens,
                               generator=run.generator(cfg.seed, "parse rate", cohort.id))
-        replies = sampling.sample_replies(judge, features, grids, uniforms, [len(cohort.images)])
+        replies = sample_replies(judge, features, grids, uniforms, [len(cohort.images)])
         parsed = [mllm.parse_reply(mllm.reply_text(judge, own[0])) for own in replies]
         counts += torch.tensor([sum(p is not None for p in parsed), len(parsed)])
     right, total = dist.all_sum(counts).tolist()

@@ -8,25 +8,7 @@ other candidates z of the same LR image; NaN where the reply has no score or the
 import torch
 from torch import Tensor
 
-
-def thurstone(scores: Tensor, ranks: Tensor, std_floor: float) -> Tensor:
-    """
-    Ranking reward of every reply, in 0..1, NaN where the reply has no score or the axis no label: like scores.
-
-    A score q of candidate i meets the scores of each other candidate z: by Thurstone's model
-    p = Phi((q - mean_z) / sqrt(var_i + var_z + std_floor^2)) is the chance that i is better. The reward is the
-    mean over z of the fidelity sqrt(p g) + sqrt((1 - p)(1 - g)), g = 1, 1/2, 0 where i is above, level, below z.
-    Source: VisualQuality-R1, arXiv 2505.14460, which has the unbiased variance (over K - 1); the cohort (one LR image),
-    the variance over K, and the floor are ours.
-    """
-    valid = ~scores.isnan()
-    mean = scores.nanmean(-1)                                                                  # [.., C] NaN if none
-    var = torch.where(valid, scores - mean[..., None], 0.0).square().sum(-1) / valid.sum(-1).clamp(min=1)
-    scale = (var[..., :, None] + var[..., None, :] + std_floor ** 2).sqrt()                    # [.., C, C]
-    p = torch.special.ndtr((scores[..., None] - mean[..., None, None, :]) / scale[..., :, None, :])    # [.., C, K, C]
-    g = above(ranks)[..., :, None, :]                                                          # [.., C, 1, C]
-    fidelity = (p * g).sqrt() + ((1 - p) * (1 - g)).sqrt()
-    return mean_over_others(fidelity)
+from common.grpo import above, mean_over_others
 
 
 def margin(scores: Tensor, targets: Tensor, width: float) -> Tensor:
@@ -52,18 +34,6 @@ def pairwise(scores: Tensor, ranks: Tensor) -> Tensor:
     gap = scores[..., None, None] - rivals                                                     # [.., C, K, C, K]
     won = torch.where(gap.isnan(), torch.nan, (gap.sign() + 1) / 2)
     return mean_over_others((1 - (won - above(ranks)[..., :, None, :, None]).abs()).nanmean(-1))
-
-
-def above(ranks: Tensor) -> Tensor:
-    """[.., C, C] 1, 1/2, 0 where the candidate of the row ranks above, level with, below that of the column, or NaN."""
-    ahead = ranks[..., None, :] - ranks[..., :, None]
-    return torch.where(ahead.isnan(), torch.nan, (ahead.sign() + 1) / 2)                       # sign(NaN) may be 0
-
-
-def mean_over_others(values: Tensor) -> Tensor:
-    """[.., C, K, C] what reply k to i earns against z -> [.., C, K] mean over z other than i, NaN left out."""
-    itself = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)[:, None]
-    return torch.where(itself, torch.nan, values).nanmean(-1)
 
 
 def overlong(lengths: Tensor, limit: int, soft: int) -> Tensor:

@@ -8,31 +8,58 @@ What a stage leaves on disk, and how it is found again.
                         .lock           held by the process that works here
 
 Only the main rank writes.
-"""
 
+What a stage tells the person who started it: what it does, how long it takes, where results lie, what is next.
+
+What ends a run from outside, in one line each: no memory, no room, no permission, SIGTERM of a cluster, Ctrl-C.
+
+Files that appear whole or not at all (written beside, then renamed), and metrics.jsonl.
+
+Scripts reach all of this through `run`: run.write_json and so on. Pickle is never loaded.
+
+Random numbers as functions of (seed, keys): the same for any process, batch and history, so none is ever saved.
+
+What manifest.json records about the machine and the code.
+"""
+import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import importlib.metadata
+import json
+import math
 import os
 import platform
+import re
+import resource
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
+from tqdm import tqdm
 
 from common import dist
-from common.checkpoints import drop_checkpoints, latest_checkpoint, require_fit, save_checkpoint    # scripts say run.x
-from common.config import fail, read_yaml, save_config
-from common.faults import explained
-from common.files import (load_tensors, log_metrics, read_json, save_tensors, sha256, trim_metrics, write_bytes,
-                          write_json)
-from common.guide import command, print_next, print_start
-from common.machine import git_state, peak_memory_gb
-from common.seeds import generator, np_rng, stable_seed
+from common.config import STAGES, comments_of, fail, read_yaml, save_config
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "numpy", "pillow", "scikit-image", "safetensors")
+PURPOSE = {
+    "01_build_dataset": "photographs become LR images, SR candidates and rankings of them",
+    "02_train_reward": "a multimodal LLM learns from the rankings to judge a candidate beside its LR image",
+    "03_eval_reward": "how often the judge is right on photographs that no training saw, and what fools it",
+    "04_train_sr_grpo": "an SR diffusion model is tuned with GRPO on the judge's scores",
+    "05_eval_sr": "the SR model before and after GRPO on test photographs, with the same noise"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+AGAIN = "the same command goes on from the last checkpoint; what was finished is kept"
 
 
 def open_stage(cfg, script: str, folder: Path | None = None, *, free: tuple[str, ...] = (),
@@ -144,3 +171,268 @@ def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Pa
     for key, value in results.items():
         print(f"{key:<32}{value}")
     print_next(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; it is on the disk when this returns."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)                       # on a full disk half a file is in the way
+        raise
+    temporary.replace(path)
+
+
+def plain(value: object) -> object:
+    """Return value as strict JSON can hold it: tensors and arrays as lists, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write value as strict JSON, whole or not at all."""
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> object:
+    """Return what a JSON file holds, or stop with one line that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read as JSON ({error}); run the stage that writes it again")
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a .safetensors file whole or not at all, with a checksum of the tensors in its header."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(own, metadata={"sha256": tensors_sha256(own)}))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file of save_tensors, on the CPU, or stop with one line that names it."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if (file.metadata() or {}).get("sha256") != tensors_sha256(tensors):
+                raise ValueError("its checksum does not fit")
+        return tensors
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        fail(f"{path}: cannot be read as safetensors ({error}); delete it and the checkpoints beside it, and run the "
+             "stage that writes it again")
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the hex digest of names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def log_metrics(folder: Path, step: int, values: dict, name: str = "metrics.jsonl") -> None:
+    """Append {"step", "time", ...values} to a .jsonl file (main rank only); 0-d tensors are fine."""
+    if dist.is_main():
+        row = plain({"step": step, "time": round(time.time(), 3), **values})
+        with open(folder / name, "a", encoding="utf-8") as file:     # flushed when it closes
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def trim_metrics(folder: Path, step: int, name: str = "metrics.jsonl") -> None:
+    """Drop the rows of `step` and later, and a torn last line: what a resumed run is about to write again."""
+    path = folder / name
+    if not dist.is_main() or not path.exists():
+        return
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"}\n"):
+            continue
+        try:
+            kept += [line] if json.loads(line)["step"] < step else []
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{path} line {number} is damaged ({error}): remove that line, then give the same command again")
+    write_bytes(path, b"".join(kept))
+
+
+def stable_seed(seed: int, *keys: int | str) -> int:
+    """Return 63 bits that depend on nothing but (seed, keys); Python's own hash(str) differs per process."""
+    keys = (seed, *keys)
+    assert all(type(key) in (int, str) for key in keys), f"keys should be int or str, got {keys!r}"
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *keys: int | str) -> torch.Generator:
+    """Return a CPU torch.Generator for (seed, keys), e.g. generator(seed, "rollout", step, id, k)."""
+    return torch.Generator().manual_seed(stable_seed(seed, *keys))
+
+
+def np_rng(seed: int, *keys: int | str) -> np.random.Generator:
+    """Return a NumPy generator for (seed, keys)."""
+    return np.random.default_rng(stable_seed(seed, *keys))
+
+
+def peak_memory_gb() -> float:
+    """Return the peak so far: of GPU memory if there is a GPU, else resident (this process or a child)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(user).ru_maxrss for user in users) / 2**20        # Linux counts KiB
+
+
+def git_state(folder: Path) -> dict:
+    """Return the commit of the code in folder and whether tracked files differ from it; nulls without git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        text = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": text.removesuffix("-dirty"), "dirty": text.endswith("-dirty")}
+
+
+def command(stem: str) -> str:
+    """Return the command that runs a stage with the config file, run and seed of this process."""
+    shared = [argument for argument in sys.argv[2:] if argument.startswith(("run=", "seed="))]
+    return " ".join(["python", f"{stem}.py", *sys.argv[1:2], *shared])
+
+
+def print_start(folder: Path, stem: str) -> None:
+    """Say what a stage is about to do, and where its results will lie."""
+    dist.print0(f"{stem}: {PURPOSE[stem]}\nwrites {folder}")
+
+
+def print_next(folder: Path) -> None:
+    """Say where a finished stage lies and which command comes next."""
+    dist.print0(f"{folder.name} is finished: {folder}   (delete that folder to run it again)")
+    if folder.name in STAGES[:-1]:
+        dist.print0(f"next: {command(STAGES[STAGES.index(folder.name) + 1])}")
+
+
+def duration(seconds: float) -> str:
+    """A time as a person would say it: 40 seconds, 12 minutes, 3.5 hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
+def announce(items: Iterable, left: int, name: str, *, after: float = 10.0) -> Iterator:
+    """
+    Yield the items; after a few of them, one line says how long the rest of all `left` will take at their pace.
+
+    The first item is not counted, as it warms up, and nothing is said in the first `after` seconds: what is over
+    sooner needs no estimate. Under torchrun the main rank's pace counts.
+    """
+    started, said = 0.0, False
+    for done, item in enumerate(items):
+        now = time.time()
+        started = now if done == 1 else started
+        if done >= 3 and not said and now - started >= after:
+            pace, said = (now - started) / (done - 1), True
+            if dist.is_main():
+                tqdm.write(f"{name}: about {duration(pace * (left - done))} more on this machine, at {pace:.2g} s each "
+                           f"of {left - done} (mean of {done - 1} so far)")
+        yield item
+
+
+@contextlib.contextmanager
+def explained(config: type | None = None) -> Iterator[None]:
+    """
+    Give one line with what to do for a fault from outside, and let a bug keep its traceback; decorates main.
+
+    config: the script's settings; those whose comment says memory are named when memory runs out.
+    """
+    advice = "make room or change run=, then give the same command again: what was finished is kept"
+    try:
+        with stopped_by_sigterm():
+            yield
+    except KeyboardInterrupt:
+        if dist.is_main():
+            print(f"\nerror: stopped by Ctrl-C: {AGAIN}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            fail(no_memory(error, config))
+        if error.errno not in NO_ROOM:
+            raise
+        fail(f"{error}: {advice}")
+    except safetensors.SafetensorError as error:
+        if not any(f"os error {code})" in str(error) for code in NO_ROOM):      # as its Rust library spells it
+            raise
+        fail(f"{error}: {advice}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(no_memory(error, config))
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):                 # torch on a CPU raises no type of its own
+            raise
+        fail(no_memory(error, config))
+
+
+def no_memory(error: BaseException, config: type | None) -> str:
+    """The line that names the settings to lower."""
+    names = memory_settings(config) if config else []
+    what = " or ".join(names) if names else "lower what --help marks `memory`"
+    return f"out of memory ({str(error)[:300]}): {what}, and give the same command again: what was finished is kept"
+
+
+def memory_settings(config: type) -> list[str]:
+    """What to do with a script's settings that cost nothing but memory or time, by the comments that --help shows."""
+    source = Path(sys.modules[config.__module__].__file__).read_text(encoding="utf-8")
+    meanings = comments_of(config, source).items()
+    names = [name for name, meaning in meanings if re.search("memory (only|and speed)", meaning)]
+    defaults = {name: vars(config)[name] for name in names}
+    return [f"set {name}=true" if default is False else f"set {name}=1" if default == 0 else f"lower {name}"
+            for name, default in defaults.items()]                  # workers=0 is one per core
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """
+    End the process on SIGTERM with one line and status 143, as fast as SIGKILL would.
+
+    A thread waits for the signal, as Python's own handlers wait for the main thread, which may hang in a collective
+    whose other ranks are gone. Nothing is cleaned up: whatever is on the disk must stand SIGKILL anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)     # the pipe gets the number of every handled signal
+    pipe_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=wait_for_sigterm, args=(read,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe_before)
+        signal.signal(signal.SIGTERM, before)
+        os.close(write)
+        thread.join()
+        os.close(read)
+
+
+def wait_for_sigterm(read: int) -> None:
+    """Leave the process once the pipe says SIGTERM; return once it is closed."""
+    while received := os.read(read, 1):
+        if received[0] == signal.SIGTERM:
+            if dist.is_main():
+                os.write(2, f"\nerror: stopped by SIGTERM: {AGAIN}\n".encode())
+            os._exit(128 + signal.SIGTERM)

@@ -4,10 +4,10 @@ A Qwen2.5-VL of about a million weights, built from nothing: the demo's reward m
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2VLImageProcessorPil)
+from transformers import (PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
 
-from common import mllm, run
+from common import metrics, mllm, run
 from common.mllm import Judge
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -50,7 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     faults = " ".join(f"<thinking>{word}, {word};" for word in mllm.FAULTS).replace("_", " ")
     levels = " ".join(f"; {word}; {word}<" for word in mllm.CONSISTENCY_WORDS + mllm.NATURALNESS_WORDS)
     texts = [mllm.INSTRUCTION, "user\n", "assistant\n", faults, levels, mllm.compose_reply(np.ones(3), ""),
-             *(f"<answer>{axis}: " for axis in mllm.AXES)] * 4
+             *(f"<answer>{axis}: " for axis in metrics.AXES)] * 4
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),

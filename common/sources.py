@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import candidates, external, photos, run
-from common.data import read_image
+from common import candidates, external
+from common.config import fail
+from common.images import SUFFIXES, read_image
 
 BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")
 QUERY = {"seeds": int, "steps": int, "guidance": float}
@@ -112,15 +113,15 @@ def external_files(cfg, folder: Path, names: list[str]) -> dict[str, dict[str, s
     files = {name: {} for name in names}
     for entry in filter(is_external, expand(cfg.candidates)):
         place = where(folder, entry)
-        paths = [path for path in sorted(place.glob("*")) if path.suffix.lower() in photos.SUFFIXES]
+        paths = [path for path in sorted(place.glob("*")) if path.suffix.lower() in SUFFIXES]
         by_name = {}
         for path in paths:
             if by_name.setdefault(path.stem, path) != path:
-                run.fail(f"candidates: {entry}: {by_name[path.stem]} and {path.name} are both for one LR image: remove "
+                fail(f"candidates: {entry}: {by_name[path.stem]} and {path.name} are both for one LR image: remove "
                          "one of them")
         missing = [name for name in files if name not in by_name]
         if missing:
-            run.fail(f"candidates: {entry}: {place} lacks {len(missing)} of {len(names)} outputs (first: "
+            fail(f"candidates: {entry}: {place} lacks {len(missing)} of {len(names)} outputs (first: "
                      f"{missing[0]}.png). Run the x{cfg.scale} SR program on {folder / 'lr'}, write its "
                      f"outputs to {place} under the same names, then run this command again to go on")
         for name in files:
@@ -133,8 +134,8 @@ def read_external(cfg, entry: str, path: str) -> np.ndarray:
     try:
         image = read_image(path)
     except ValueError as error:
-        run.fail(f"candidates: {entry}: {path} cannot be read ({error}): make it again")
+        fail(f"candidates: {entry}: {path} cannot be read ({error}): make it again")
     if image.shape[:2] != (cfg.hr_size, cfg.hr_size):
-        run.fail(f"candidates: {entry}: {path} is {image.shape[1]}x{image.shape[0]}, expected {cfg.hr_size}x"
+        fail(f"candidates: {entry}: {path} is {image.shape[1]}x{image.shape[0]}, expected {cfg.hr_size}x"
                  f"{cfg.hr_size}, {cfg.scale} times the LR image")
     return image

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import dist, run, samplers, sr_policy
+from common import dist, run, sr_policy
+from common.config import fail
 from common.sr_pipelines import LatentSampler, load_pipeline
 
 
@@ -46,7 +47,7 @@ class FlowPolicy(nn.Module):
         self.unpooled = self.controlnet.config.force_zeros_for_pooled_projection    # InstantX: no pooled text, no shift
         text, pooled = encode_prompt(pipeline, sampler.prompt)
         sigma = torch.tensor([*sampler.times, 0.0])                     # [T + 1]
-        constants = {"levels": samplers.flow(sigma), "text": text, "pooled": pooled,
+        constants = {"levels": sr_policy.flow(sigma), "text": text, "pooled": pooled,
                      "times": sigma[:-1] * pipeline.scheduler.config.num_train_timesteps}
         for name, value in constants.items():
             self.register_buffer(name, value.clone(), persistent=False)
@@ -56,7 +57,7 @@ class FlowPolicy(nn.Module):
         """Control latent [B, C, h, w] of LR [B, 3, H / s, W / s] in 0..1; the autoencoder's noise is that of keys."""
         height, width = (self.sampler.scale * length for length in lr.shape[-2:])
         if any(length % self.multiple for length in lr.shape[-2:]) or max(height, width) > self.largest:
-            run.fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px and at most "
+            fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px and at most "
                      f"{self.largest // self.sampler.scale}, these are {lr.shape[-1]} x {lr.shape[-2]}: choose hr_size "
                      "and scale in stage 01, large_size in 05 so")
         image = F.interpolate(lr, (height, width), mode="bicubic", antialias=True).clamp(0, 1)  # antialias: as Pillow
@@ -79,7 +80,7 @@ class FlowPolicy(nn.Module):
     def predict(self, x: Tensor, index: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latent and noise, float32, in state x [B, C, h, w] before denoising step `index` [B] (0..T-1)."""
         v = self.velocity(x, self.times[index], seen)
-        return samplers.clean_and_noise("flow", x, v, samplers.at(self.levels, index))
+        return sr_policy.clean_and_noise("flow", x, v, sr_policy.at(self.levels, index))
 
     def decode(self, latent: Tensor, seen: Tensor) -> Tensor:
         """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1."""

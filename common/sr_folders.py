@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import data, dist, metrics, photos, run
+from common import dist, photos
+from common.config import fail
+from common.images import read_image, resize
 
 BICUBIC = "bicubic"                     # made here, for comparison
 
@@ -26,7 +28,7 @@ def named_folders(sr_dirs: list[str]) -> dict[str, Path]:
         name, _, path = text.rpartition("=")
         name = name or Path(path).resolve().name
         if name in found or name == BICUBIC:
-            run.fail(f"sr_dirs: two methods would be called {name!r} ({BICUBIC!r} is made here): write NAME=PATH, "
+            fail(f"sr_dirs: two methods would be called {name!r} ({BICUBIC!r} is made here): write NAME=PATH, "
                      f"e.g. sr_dirs=mine={path}")
         found[name] = Path(path)
     return found
@@ -37,7 +39,7 @@ def by_name(folder: Path, key: str) -> dict[str, Path]:
     found = {}
     for name, path in photos.find(str(folder), key):
         if name in found:
-            run.fail(f"{key}: {found[name]} and {path} have the same name: leave one of them")
+            fail(f"{key}: {found[name]} and {path} have the same name: leave one of them")
         found[name] = path
     return found
 
@@ -52,13 +54,13 @@ def match(lr_dir: str, methods: dict[str, Path], skip_bad: bool) -> tuple[list[S
     lrs = {name: path for name, path in by_name(Path(lr_dir), "lr_dir").items()
            if not any(path.resolve().is_relative_to(folder) for folder in inside)}
     if not lrs:
-        run.fail(f"lr_dir: {lr_dir} holds outputs of sr_dirs only, no LR image: give the folder of the LR images")
+        fail(f"lr_dir: {lr_dir} holds outputs of sr_dirs only, no LR image: give the folder of the LR images")
     outputs = {method: by_name(folder, "sr_dirs") for method, folder in methods.items()}
     skipped = []
     for method, files in outputs.items():
         missing = [name for name in lrs if name not in files]
         if missing and (not skip_bad or len(missing) == len(lrs)):
-            run.fail(f"{methods[method]} has no picture for {len(missing)} of {len(lrs)} LR images, e.g. for "
+            fail(f"{methods[method]} has no picture for {len(missing)} of {len(lrs)} LR images, e.g. for "
                      f"{missing[0]!r}; it has e.g. {min(files)!r}: give an output the name of its LR image, or set "
                      "skip_bad=true to judge what is there")
         skipped += [{"file": str(lrs[name]), "reason": f"no output of {method}"} for name in missing]
@@ -87,7 +89,7 @@ def survey(scenes: list[Scene], skip_bad: bool) -> tuple[list[Scene], list[dict]
         images = {}
         for key, path in {"": scene.lr, **scene.outputs}.items():
             try:
-                images[key] = data.read_image(path)
+                images[key] = read_image(path)
             except ValueError as error:
                 skipped.append({"file": str(path), "reason": f"cannot be read: {error}"})
                 continue
@@ -101,17 +103,17 @@ def survey(scenes: list[Scene], skip_bad: bool) -> tuple[list[Scene], list[dict]
             good.append(Scene(scene.name, scene.lr, {key: scene.outputs[key] for key in images}, lr.shape[:2],
                               tuple(sorted(scales))))
     if wrong and not skip_bad:
-        run.fail(f"{wrong[0]['file']}: {wrong[0]['reason']} (files with a wrong size: {len(wrong)}): run the SR "
+        fail(f"{wrong[0]['file']}: {wrong[0]['reason']} (files with a wrong size: {len(wrong)}): run the SR "
                  "program again on these LR images, or set skip_bad=true")
     return good, skipped + wrong
 
 
 def read(scene: Scene, bicubic: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """LR image and method -> output; `bicubic` adds the LR image up-sampled to the size of the largest output."""
-    lr, images = data.read_image(scene.lr), {key: data.read_image(path) for key, path in scene.outputs.items()}
+    lr, images = read_image(scene.lr), {key: read_image(path) for key, path in scene.outputs.items()}
     if bicubic:
         height, width = max(image.shape[:2] for image in images.values())
-        images[BICUBIC] = metrics.resize(lr, (width, height), "bicubic")
+        images[BICUBIC] = resize(lr, (width, height), "bicubic")
     return lr, images
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common import dist, grpo, grpo_diffusion, run, sr_policy
+from common.config import fail
 from common.sr_policy import Policy, Rollout
 from common.sr_training import trainable
 
@@ -50,7 +51,7 @@ def check_ratio(policy: Policy, cfg, rollouts: list[Rollout]) -> float:
             worst = torch.maximum(worst, (logp - rollout.logp).abs().max().cpu())
     worst = float(dist.gather_rows(worst[None]).max())
     if not worst <= cfg.ratio_tolerance:
-        run.fail(f"ratio check: log-probabilities are {worst:.1e} off in training, more than ratio_tolerance="
+        fail(f"ratio check: log-probabilities are {worst:.1e} off in training, more than ratio_tolerance="
                  f"{cfg.ratio_tolerance}: is there dropout, or low precision, in the policy?")
     return worst
 

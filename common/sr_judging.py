@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import dist, guide, metrics, mllm, run, sampling
-from common.cohorts import mine
-from common.data import AXES
+from common import dist, metrics, mllm, run
+from common.dist import mine
+from common.images import resize
+from common.metrics import AXES
 from common.mllm import Judge
+from common.replies import sample_replies
 from common.sr_folders import BICUBIC, Scene, read
 
 CELLS = 8                               # numbers per image and method, see score_all
@@ -48,7 +50,7 @@ def score_all(cfg, judge: Judge, scenes: list[Scene], methods: list[str], *, sid
     """
     table = [torch.zeros(0, len(methods), CELLS, dtype=torch.float64)]
     bar = tqdm(mine(scenes), desc="judge", unit="image", disable=not dist.is_main())
-    for scene in guide.announce(bar, len(bar), "judge"):
+    for scene in run.announce(bar, len(bar), "judge"):
         lr, images = read(scene, BICUBIC in methods)
         cells = torch.full((1, len(methods), CELLS), torch.nan, dtype=torch.float64)
         for scale in sorted({len(image) // len(lr) for image in images.values()}):
@@ -106,7 +108,7 @@ def explain(cfg, judge: Judge, lr: np.ndarray, image: np.ndarray, *, max_tokens:
     """cfg.sampled_replies replies of the judge about one crop; their randomness depends on (seed, key) alone."""
     features, grids = mllm.image_features(judge, [[lr, image]])
     uniforms = torch.rand(1, cfg.sampled_replies, max_tokens, generator=run.generator(cfg.seed, "explain", key))
-    return [mllm.reply_text(judge, ids) for ids in sampling.sample_replies(judge, features, grids, uniforms)[0]]
+    return [mllm.reply_text(judge, ids) for ids in sample_replies(judge, features, grids, uniforms)[0]]
 
 
 def examples(cfg, judge: Judge, scenes: list[Scene], *, measured: np.ndarray, methods: list[str], side: int,
@@ -138,4 +140,4 @@ def view(lr: np.ndarray, images: dict[str, np.ndarray], corner: tuple[int, int],
                for place, length in zip(corner, lr.shape[:2]))
     shown = {"LR": crop(lr, at, size, 1)}
     shown |= {key: crop(image, at, size, len(image) // len(lr)) for key, image in images.items()}
-    return {key: metrics.resize(image, (top * size, top * size), "nearest") for key, image in shown.items()}
+    return {key: resize(image, (top * size, top * size), "nearest") for key, image in shown.items()}

@@ -20,7 +20,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from common import dist, run, samplers, sr_policy
+from common import dist, run, sr_policy
+from common.config import fail
 from common.sr_flow import FlowPolicy
 from common.sr_pipelines import LatentSampler, load_pipeline, own_times, read_sampler
 from common.sr_policy import Policy, Sampler
@@ -41,7 +42,7 @@ class LatentPolicy(nn.Module):
         self.limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
         times = torch.tensor(sampler.times).long()
         power = torch.cat([scheduler.alphas_cumprod[times], scheduler.final_alpha_cumprod[None]])           # [T + 1]
-        constants = {"times": times, "levels": samplers.variance_preserving(power)}
+        constants = {"times": times, "levels": sr_policy.variance_preserving(power)}
         if not is_ldm:
             with torch.no_grad():
                 text, _ = pipeline.encode_prompt(sampler.prompt, "cpu", num_images_per_prompt=1,
@@ -53,7 +54,7 @@ class LatentPolicy(nn.Module):
     def observe(self, lr: Tensor, keys: list[tuple]) -> Tensor:
         """What the UNet sees of LR [B, 3, h, w] in 0..1: [B, 3, h, w] in -1..1, the upscaler's with noise of keys."""
         if any(length % self.multiple for length in lr.shape[-2:]):
-            run.fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px, these are "
+            fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px, these are "
                      f"{lr.shape[-1]} x {lr.shape[-2]}: choose hr_size and scale in stage 01, large_size in 05 so")
         if self.sampler.policy == "ldm":
             return 2 * lr - 1
@@ -72,7 +73,7 @@ class LatentPolicy(nn.Module):
     def predict(self, x: Tensor, index: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latent and noise, float32, in state x [B, C, h, w] before denoising step `index` [B] (0..T-1)."""
         output = self.output(x, self.times[index], seen)
-        clean, noise = samplers.clean_and_noise(self.predicts, x, output, samplers.at(self.levels, index))
+        clean, noise = sr_policy.clean_and_noise(self.predicts, x, output, sr_policy.at(self.levels, index))
         return clean if self.limit is None else clean.clamp(-self.limit, self.limit), noise
 
     def decode(self, latent: Tensor, seen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from common import dist, run
+from common.config import fail
 
 PIPELINES = {"ldm": "LDMSuperResolutionPipeline", "upscaler": "StableDiffusionUpscalePipeline",
              "sd3": "StableDiffusion3ControlNetPipeline"}
@@ -42,7 +43,7 @@ def read_sampler(kind: type, folder: Path):
     """The dataclass `kind` from the folder's sampler.json, or one line that says what is wrong with it."""
     saved, wanted = run.read_json(folder / "sampler.json"), [one.name for one in fields(kind)]
     if sorted(saved) != sorted(wanted):
-        run.fail(f"{folder / 'sampler.json'}: has {', '.join(saved)}, expected {', '.join(wanted)}: written by another "
+        fail(f"{folder / 'sampler.json'}: has {', '.join(saved)}, expected {', '.join(wanted)}: written by another "
                  "version of this code? Run the stage that wrote it in a new run=")
     return kind(**saved)
 
@@ -52,7 +53,7 @@ def from_pretrained(kind: type, model: str, key: str, settings: dict):
     try:
         return kind.from_pretrained(model, **settings)
     except (OSError, ValueError, KeyError) as error:
-        run.fail(f"{key}: {model} cannot be loaded by diffusers (safetensors only): {' '.join(str(error).split())}")
+        fail(f"{key}: {model} cannot be loaded by diffusers (safetensors only): {' '.join(str(error).split())}")
 
 
 def own_times(sampler: LatentSampler) -> list[float]:
@@ -69,7 +70,7 @@ def own_times(sampler: LatentSampler) -> list[float]:
             (is_flow and settings["use_dynamic_shifting"], "shifts its noise levels with the size of the image"),
             (is_flow and settings["invert_sigmas"], "counts its noise levels from clean to noise")):
         if wrong:
-            run.fail(f"model: {sampler.model} {why}; give another model, or steps of your own in step_list")
+            fail(f"model: {sampler.model} {why}; give another model, or steps of your own in step_list")
     scheduler.set_timesteps(steps)
     return (scheduler.sigmas[:-1] if is_flow else scheduler.timesteps).tolist()
 
@@ -80,7 +81,7 @@ def has_part(model: str, name: str) -> bool:
     try:
         return any(DiffusionPipeline.load_config(model).get(name) or [])
     except (OSError, ValueError) as error:
-        run.fail(f"model: {model} cannot be loaded by diffusers: {' '.join(str(error).split())}")
+        fail(f"model: {model} cannot be loaded by diffusers: {' '.join(str(error).split())}")
 
 
 def load_pipeline(sampler: LatentSampler):
@@ -99,7 +100,7 @@ def load_pipeline(sampler: LatentSampler):
     pipeline = from_pretrained(StableDiffusion3ControlNetPipeline if is_flow else DiffusionPipeline, model, "model",
                                settings | parts)
     if type(pipeline).__name__ != kind:
-        run.fail(f"model: {model} is a {type(pipeline).__name__}; policy={sampler.policy} needs a {kind}")
+        fail(f"model: {model} is a {type(pipeline).__name__}; policy={sampler.policy} needs a {kind}")
     vae = pipeline.vqvae if sampler.policy == "ldm" else pipeline.vae
     schedule, enlarges = pipeline.scheduler.config, 2 ** (len(vae.config.block_out_channels) - 1)
     predicts, highest = schedule.get("prediction_type", "epsilon"), pipeline.config.get("max_noise_level", 10 ** 6)
@@ -113,7 +114,7 @@ def load_pipeline(sampler: LatentSampler):
             (is_flow and pipeline.controlnet.config.extra_conditioning_channels, "has a ControlNet for inpainting"),
             (sampler.noise_level > highest, f"takes noise_level up to {highest}, not {sampler.noise_level}")):
         if wrong:
-            run.fail(f"model: {model} {why}")
+            fail(f"model: {model} {why}")
     return pipeline
 
 

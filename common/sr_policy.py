@@ -1,4 +1,23 @@
 """
+What bicubic up-sampling leaves out of a photograph, in units of LR's contrast: the latent space of the pixel policy.
+
+Shapes: B images, C = s^2 channels of a pixel-unshuffled patch, h w size of LR, H W = s h, s w size of HR and SR.
+
+Random and deterministic denoising steps for any diffusion or flow policy. Needs torch and nothing else.
+
+A policy predicts the clean latent and the noise of a state x = a clean + b noise. The next state of every sampler is
+normal: mean a' clean + c noise, standard deviation s; samplers differ in how they split b' into c and s. `eta` is how
+random they are; with 0 all are the same ODE step, c = b'.
+
+    ddim    DDIM arXiv 2010.02502 eq. 12 and 16; eta 1 is as random as the forward process
+    sde     Flow-GRPO arXiv 2505.05470 eq. 9, eta is its a; DanceGRPO's is the same with another eta
+    cps     coefficients-preserving sampling arXiv 2509.05952, eta is its noise level: c^2 + s^2 = b'^2
+
+DDIM is written for a^2 + b^2 = 1 (diffusion), the flow SDE for a + b = 1 (flows). Dividing x by a number per level
+turns one into the other, so each sampler works for both; cps is the same in either.
+
+Shapes: B samples, C latent channels, h w size of the latent, T denoising steps, whose levels are 0 (noise) .. T.
+
 The super-resolution policy: a diffusers UNet2DModel that draws the luma detail that bicubic leaves out.
 
 The UNet works at the size of the LR image, s^2 times cheaper than in pixels. Its latent is the luma of HR -
@@ -17,6 +36,7 @@ W of them random. Any h, w that halve evenly on every level of the UNet will do.
 Sources: v-prediction arXiv 2202.00512 appendix D; zero terminal SNR arXiv 2305.08891; denoising as a T-step decision
 process (DDPO) arXiv 2305.13301. The latent is our own choice.
 """
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,8 +47,137 @@ from diffusers import UNet2DModel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from common import dist, grpo, run, samplers, sr_pipelines
-from common.sr_detail import condition, contrast, detail_patches, upsample
+from common import dist, grpo, run, sr_pipelines
+from common.config import fail
+
+LUMA = (0.299, 0.587, 0.114)        # ITU-R BT.601
+CONTRAST_FLOOR = 2 / 255            # about the noise of an 8-bit JPEG
+CONDITION_CHANNELS = 7              # of condition()
+
+
+def luma(image: Tensor) -> Tensor:
+    """[B, 3, h, w] -> [B, 1, h, w]."""
+    return (image * image.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+
+
+def upsample(lr: Tensor, scale: int) -> Tensor:
+    """Bicubic [B, 3, h, w] -> [B, 3, H, W]; may overshoot 0..1."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic", align_corners=False)
+
+
+def local_mean(image: Tensor) -> Tensor:
+    """Mean of 3 x 3 px, same size."""
+    return F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def contrast(lr: Tensor) -> Tensor:
+    """Standard deviation of luma in 3 x 3 px of LR [B, 3, h, w], with a floor: [B, 1, h, w]."""
+    y = luma(lr)
+    return ((local_mean(y ** 2) - local_mean(y) ** 2).clamp(min=0) + CONTRAST_FLOOR ** 2).sqrt()
+
+
+def detail_patches(hr: Tensor, lr: Tensor, power: float) -> Tensor:
+    """Luma detail of HR [B, 3, H, W] in units of contrast(LR) ** power, pixel-unshuffled: [B, C, h, w]."""
+    scale = hr.shape[-1] // lr.shape[-1]
+    return F.pixel_unshuffle(luma(hr - upsample(lr, scale)), scale) / contrast(lr) ** power
+
+
+def condition(lr: Tensor) -> Tensor:
+    """[B, 7, h, w], what the UNet sees of LR [B, 3, h, w]: LR, its fine structure enlarged, its log contrast."""
+    spread = contrast(lr)
+    return torch.cat([2 * lr - 1, (lr - local_mean(lr)) / spread, spread.log() + 3], 1)
+
+
+SAMPLERS = ("ddim", "sde", "cps")
+SOLVERS = ("euler", "dpm")
+
+
+@dataclass(frozen=True)
+class Level:
+    """Noise level of B states, each [B, 1, 1, 1]."""
+    signal: Tensor                  # a
+    noise: Tensor                   # b
+    power: Tensor                   # a^2 / (a^2 + b^2), "alpha bar"
+    sigma: Tensor                   # b / (a + b)
+
+
+# schedules -----------------------------------------------------------------------------------------------
+
+def variance_preserving(power: Tensor) -> Tensor:
+    """Levels [T + 1, 4] of a diffusion model with signal power [T + 1] ("alpha bar"), float32."""
+    signal, noise = power.sqrt(), (1 - power).sqrt()
+    return torch.stack([signal, noise, power, noise / (signal + noise)], 1)
+
+
+def flow(sigma: Tensor) -> Tensor:
+    """Levels [T + 1, 4] of a flow model with noise levels sigma [T + 1], float32."""
+    signal, noise = 1 - sigma, sigma
+    return torch.stack([signal, noise, signal ** 2 / (signal ** 2 + noise ** 2), sigma], 1)
+
+
+def at(levels: Tensor, index: Tensor) -> Level:
+    """Levels of a schedule [T + 1, 4] at index [B] (0..T)."""
+    return Level(*levels[index].T[..., None, None, None])
+
+
+def window_start(step: int, first: int, *, width: int, steps: int, every: int, stride: int) -> int:
+    """
+    First random denoising step in GRPO step `step`; the window has `width` of `steps` denoising steps.
+
+    Every `every` GRPO steps it moves by `stride` towards clean steps (MixGRPO arXiv 2507.21802); 0: it stays. It ends
+    before the last step, which hardly adds noise: its density would be too narrow to learn from.
+    """
+    return min(first + (step // every * stride if every else 0), steps - 1 - width)
+
+
+# steps ---------------------------------------------------------------------------------------------------
+
+def clean_and_noise(predicts: str, x: Tensor, output: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+    """What a network's output says of state x at level `now`; all [B, C, h, w]."""
+    a, b = now.signal, now.noise
+    if predicts == "epsilon":
+        return (x - b * output) / a, output
+    if predicts == "v_prediction":                                  # v = a noise - b clean, arXiv 2202.00512 app. D
+        return a * x - b * output, a * output + b * x
+    assert predicts == "flow", f"predicts {predicts}"
+    return x - b * output, x + a * output                           # v = noise - clean
+
+
+def split(sampler: str, now: Level, after: Level, eta: float) -> tuple[Tensor, Tensor]:
+    """Factor c of the predicted noise in the mean, and standard deviation s, of a step; each [B, 1, 1, 1]."""
+    if eta == 0:
+        return after.noise, torch.zeros_like(after.noise)
+    if sampler == "cps":
+        return after.noise * math.cos(eta * math.pi / 2), after.noise * math.sin(eta * math.pi / 2)
+    if sampler == "ddim":
+        std = eta * ((1 - after.power) / (1 - now.power) * (1 - now.power / after.power)).sqrt()        # eq. 16
+        kept = (1 - after.power - std ** 2).clamp(min=0).sqrt()                                         # eq. 12
+        size = after.signal / after.power.sqrt()                    # of x where a^2 + b^2 is 1; a diffusion's is 1
+        return kept * size, std * size
+    assert sampler == "sde", f"sampler={sampler}"
+    level = torch.where(now.sigma < 1, now.sigma, after.sigma)      # 1 / (1 - sigma) is infinite at pure noise
+    variance, length = eta ** 2 * now.sigma / (1 - level), now.sigma - after.sigma  # per unit of time; time
+    size = after.signal + after.noise                               # of x where a + b is 1; a flow's is 1
+    return (after.sigma - variance * length / (2 * now.sigma)) * size, (variance * length).sqrt() * size
+
+
+def gaussian_step(sampler: str, clean: Tensor, noise: Tensor, *, now: Level, after: Level,
+         eta: float) -> tuple[Tensor, Tensor]:
+    """Mean [B, C, h, w] and standard deviation [B, 1, 1, 1] of a step from level `now` to `after`, float32."""
+    kept, std = split(sampler, now, after, eta)
+    return after.signal * clean + kept * noise, std
+
+
+def second_order(clean: Tensor, last: Tensor, *, before: Level, now: Level, after: Level) -> Tensor:
+    """
+    What DPM-Solver++ (2M, midpoint; arXiv 2211.01095 alg. 2) adds to an ODE step from `now` to `after`.
+
+    last: the clean latent that was predicted at the level `before`, one ODE step earlier. after.noise > 0.
+    """
+    ratios = [level.noise / level.signal for level in (before, now, after)]             # exp(-lambda); may be inf
+    length, past = (ratios[1] / ratios[2]).log(), (ratios[0] / ratios[1]).log()         # h_i, h_{i-1}
+    slope = (clean - last) * (length / (2 * past))
+    return (after.signal - after.noise / ratios[1]) * slope
 
 
 @dataclass(frozen=True)
@@ -47,7 +196,7 @@ def timed(sampler: Sampler, steps: int, times: list[int] = ()) -> Sampler:
     """The same with other denoising steps: at these training time steps, or else evenly spaced from pure noise on."""
     count = len(sampler.betas)
     if not times and count % steps:
-        run.fail(f"{steps} denoising steps: they should divide the {count} time steps that the policy was trained with")
+        fail(f"{steps} denoising steps: they should divide the {count} time steps that the policy was trained with")
     return replace(sampler, steps=steps, times=list(times or range(count - 1, -1, -(count // steps))))
 
 
@@ -79,7 +228,7 @@ class Policy(nn.Module):
         signal = torch.cumprod(1 - torch.tensor(sampler.betas, dtype=torch.float64), 0)         # [N]
         ends = torch.cat([signal[times], signal.new_ones(1)])           # [T + 1] no noise after the last step
         basis = torch.tensor(sampler.basis, dtype=torch.float64)                                # [C, C]
-        constants = {"times": torch.tensor(times), "levels": samplers.variance_preserving(ends.float()),
+        constants = {"times": torch.tensor(times), "levels": variance_preserving(ends.float()),
                      "signal": signal.float(), "basis": basis.float(), "inverse": torch.linalg.inv(basis).float()}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
@@ -105,7 +254,7 @@ class Policy(nn.Module):
     def predict(self, x: Tensor, index: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latent and noise, float32, in state x [B, C, h, w] before denoising step `index` [B] (0..T-1)."""
         v = self.velocity(x, self.times[index], lr)
-        return samplers.clean_and_noise("v_prediction", x, v, samplers.at(self.levels, index))
+        return clean_and_noise("v_prediction", x, v, at(self.levels, index))
 
     def write(self, folder: Path) -> None:
         """A folder that UNet2DModel.from_pretrained loads, sampler.json last."""
@@ -123,8 +272,8 @@ def draw_noise(keys: list[tuple], shape: tuple[int, ...], device: torch.device) 
 def step(policy: Policy, x: Tensor, index: Tensor, seen: Tensor, *, eta: float = 0.0,
          sampler: str = "ddim") -> tuple[Tensor, Tensor]:
     """Mean [B, C, h, w] and std [B, 1, 1, 1] of denoising step `index` [B] (0..T-1) from x, float32; eta 0: an ODE."""
-    now, after = (samplers.at(policy.levels, i) for i in (index, index + 1))
-    return samplers.step(sampler, *policy.predict(x, index, seen), now=now, after=after, eta=eta)
+    now, after = (at(policy.levels, i) for i in (index, index + 1))
+    return gaussian_step(sampler, *policy.predict(x, index, seen), now=now, after=after, eta=eta)
 
 
 @torch.no_grad()
@@ -141,10 +290,10 @@ def sample(policy: Policy, seen: Tensor, noise: Tensor, *, start: int = 0, eta: 
     x, latents, logp, past = noise[:, 0], [], [], None
     for i in range(last + 1):
         index = torch.full((len(seen),), i, device=seen.device)
-        now, after = (samplers.at(policy.levels, j) for j in (index, index + 1))
+        now, after = (at(policy.levels, j) for j in (index, index + 1))
         clean, error = policy.predict(x, index, seen)
         inside = start <= i < start + width
-        mean, std = samplers.step(sampler, clean, error, now=now, after=after, eta=eta if inside else 0.0)
+        mean, std = gaussian_step(sampler, clean, error, now=now, after=after, eta=eta if inside else 0.0)
         if inside:
             latents += [] if latents else [x]
             x = mean + std * noise[:, 1 + i - start]
@@ -154,7 +303,7 @@ def sample(policy: Policy, seen: Tensor, noise: Tensor, *, start: int = 0, eta: 
             x = mean
         if policy.sampler.solver == "dpm" and i >= start + width:
             if past and i < last:
-                x = x + samplers.second_order(clean, past[0], before=past[1], now=now, after=after)
+                x = x + second_order(clean, past[0], before=past[1], now=now, after=after)
             past = clean, now
     latents = torch.stack(latents, 1) if width else noise[:, :0]
     logp = torch.stack(logp, 1) if width else noise.new_zeros(len(seen), 0)
@@ -205,4 +354,4 @@ def load_policy(folder: Path, device: torch.device, steps: int | None = None) ->
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
         return Policy(unet, sampler).to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:      # the last one: weights are missing
-        run.fail(f"{folder}: the policy cannot be loaded ({error}); run the stage that wrote it again")
+        fail(f"{folder}: the policy cannot be loaded ({error}); run the stage that wrote it again")

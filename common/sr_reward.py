@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common import dist, grpo, metrics, mllm, sr_judging, sr_policy
-from common.sr_images import to_pixels
+from common.images import to_pixels
 
 BOUNDED = {"val_lr_psnr": "LR-PSNR", "val_heldout": "the held-out judge"}
 

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from common import dist, run, sr_pipelines
+from common import checkpoints, dist, run, sr_pipelines
 from common.sr_policy import Policy
 
 # convolutions, attention, time embedding; conv_out has a large gradient, nearly all noise
@@ -29,19 +29,19 @@ def save(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], *, optimi
     """Checkpoint of the named parts ({"policy": {name: tensor}, ..}) after `step` finished steps."""
     weights = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
     dist.assert_same_weights(weights.items())
-    run.save_checkpoint(folder, step, weights=weights, optimizer=optimizer.state_dict(), state=state)
+    checkpoints.save_checkpoint(folder, step, weights=weights, optimizer=optimizer.state_dict(), state=state)
 
 
 @torch.no_grad()
 def resume(folder: Path, parts: dict[str, dict[str, Tensor]],
            optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
     """Load the newest checkpoint into the parts, if there is one: (first step to do, state)."""
-    found = run.latest_checkpoint(folder)
+    found = checkpoints.latest_checkpoint(folder)
     if not found:
         return 0, {}
     step, weights, moments, state = found
     wanted = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-    run.require_fit(weights, wanted, folder / "checkpoints")
+    checkpoints.require_fit(weights, wanted, folder / "checkpoints")
     for part, own in parts.items():
         for name, tensor in own.items():
             tensor.copy_(weights[f"{part}.{name}"])

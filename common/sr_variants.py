@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import run, sr_latent
+from common import sr_latent
+from common.config import fail
 from common.sr_policy import Policy
 
 FOLDERS = {"base": "cold_start", "tuned": "policy"}             # of stage 04
@@ -21,7 +22,7 @@ def switch(share: float, steps: int) -> int:
     """Index of the first step of `base` in a hybrid, or one line if it would be no mix."""
     first = round(share * steps)
     if not 0 < first < steps:
-        run.fail(f"hybrid={share}: {first} of {steps} steps would have tuned weights, which is no mix: choose another "
+        fail(f"hybrid={share}: {first} of {steps} steps would have tuned weights, which is no mix: choose another "
                  "share")
     return first
 

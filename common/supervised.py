@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from common import dist, mllm, rewards, run, sharding
-from common.cohorts import Cohort, mine, pick
-from common.looks import encode_images
+from common.dist import mine
+from common.groups import Cohort, pick
 from common.mllm import Judge
-from common.mllm_policy import forward, token_logp
+from common.replies import encode_images, forward, token_logp
 from common.training import update
 
 

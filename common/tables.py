@@ -5,12 +5,12 @@ import math
 import typing
 from pathlib import Path
 
-from common import run
+from common.config import fail
 
 
-def fail(path: Path, line: int, problem: str, *, do: str) -> typing.NoReturn:
+def stop_at(path: Path, line: int, problem: str, *, do: str) -> typing.NoReturn:
     """Stop: `path line 7: problem: do`."""
-    run.fail(f"import_from: {path} line {line}: {problem}: {do}")
+    fail(f"import_from: {path} line {line}: {problem}: {do}")
 
 
 def read_text(path: Path) -> str:
@@ -18,20 +18,20 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        run.fail(f"import_from: {path}: cannot be read as UTF-8 text ({error}): give an existing text file")
+        fail(f"import_from: {path}: cannot be read as UTF-8 text ({error}): give an existing text file")
 
 
 def read_table(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict]]:
     """(line number, row) of every line; the needed columns are there in each, and no cell is missing."""
     if path.suffix not in (".csv", ".tsv", ".jsonl"):
-        run.fail(f"import_from: {path}: expected a table that ends in .csv, .tsv or .jsonl: rename or convert it")
+        fail(f"import_from: {path}: expected a table that ends in .csv, .tsv or .jsonl: rename or convert it")
     rows = read_json_lines(path) if path.suffix == ".jsonl" else read_cells(path)
     if not rows:
-        fail(path, 1, f"no rows; expected the columns {', '.join(needed)} and a line for each entry", do="fill it in")
+        stop_at(path, 1, f"no rows; expected the columns {', '.join(needed)} and a line for each entry", do="fill it in")
     for line, row in rows:
         for key in needed:
             if row.get(key) in (None, ""):
-                fail(path, line, f"{key!r} is missing; expected {', '.join(needed)}", do="add it")
+                stop_at(path, line, f"{key!r} is missing; expected {', '.join(needed)}", do="add it")
     return rows
 
 
@@ -46,14 +46,14 @@ def read_cells(path: Path) -> list[tuple[int, dict]]:
             if head is None:
                 head = cells
                 if len(set(head)) < len(head):
-                    fail(path, reader.line_num, "a column is named twice", do="give each column its own name")
+                    stop_at(path, reader.line_num, "a column is named twice", do="give each column its own name")
             elif len(cells) != len(head) and cells:
-                fail(path, reader.line_num, f"{len(cells)} cells; expected {len(head)}: {', '.join(head)}",
+                stop_at(path, reader.line_num, f"{len(cells)} cells; expected {len(head)}: {', '.join(head)}",
                      do="quote cells that hold the separator")
             elif cells:
                 rows.append((reader.line_num, dict(zip(head, cells))))
     except csv.Error as error:
-        fail(path, reader.line_num, f"not a well-formed table ({error})", do="check the quotes")
+        stop_at(path, reader.line_num, f"not a well-formed table ({error})", do="check the quotes")
     return rows
 
 
@@ -62,19 +62,19 @@ def read_json_lines(path: Path) -> list[tuple[int, dict]]:
     rows = []
     for line, text in enumerate(read_text(path).splitlines(), 1):
         if text.strip():
-            row = read_json(text, path, line)
+            row = parse_json(text, path, line)
             if not isinstance(row, dict):
-                fail(path, line, f"expected a JSON object, got {type(row).__name__}", do="repair the line")
+                stop_at(path, line, f"expected a JSON object, got {type(row).__name__}", do="repair the line")
             rows.append((line, row))
     return rows
 
 
-def read_json(text: str, path: Path, line: int) -> object:
+def parse_json(text: str, path: Path, line: int) -> object:
     """What a JSON text holds; line: of the file, where the text begins."""
     try:
         return json.loads(text)
     except ValueError as error:
-        fail(path, line, f"not JSON ({error})", do="repair or remove it")
+        stop_at(path, line, f"not JSON ({error})", do="repair or remove it")
 
 
 def number(value: object, path: Path, line: int, *, what: str) -> float:
@@ -84,19 +84,19 @@ def number(value: object, path: Path, line: int, *, what: str) -> float:
     except (TypeError, ValueError):
         result = math.nan
     if not math.isfinite(result) or isinstance(value, bool):
-        fail(path, line, f"{what} should be a finite number, got {value!r}", do="correct it")
+        stop_at(path, line, f"{what} should be a finite number, got {value!r}", do="correct it")
     return result
 
 
 def choice(value: object, among: tuple[str, ...], path: Path, *, line: int, what: str) -> str:
     """One of the words."""
     if value not in among:
-        fail(path, line, f"{what} should be one of {', '.join(among)}, got {value!r}", do="correct it")
+        stop_at(path, line, f"{what} should be one of {', '.join(among)}, got {value!r}", do="correct it")
     return value
 
 
 def picture(name: str, root: Path, path: Path, *, line: int) -> Path:
     """The file that a cell names, relative to root."""
     if not isinstance(name, str) or not (root / name).is_file():
-        fail(path, line, f"there is no picture {root / str(name)}", do="add the file or correct the name")
+        stop_at(path, line, f"there is no picture {root / str(name)}", do="add the file or correct the name")
     return root / name

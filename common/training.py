@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import dist, run, sharding
-from common.checkpoints import checkpoints
+from common import checkpoints, dist, run, sharding
+from common.checkpoints import list_checkpoints
+from common.config import fail
 from common.mllm import Judge
-from common.mllm_policy import Answers
+from common.replies import Answers
 
 
 def trainable(judge: Judge) -> dict[str, torch.nn.Parameter]:
@@ -89,11 +90,11 @@ def with_average(judge: Judge, averaged: dict[str, Tensor]) -> dict[str, Tensor]
 
 def resume(judge: Judge, averaged: dict[str, Tensor], chosen: dict, folder: Path) -> tuple[int, dict]:
     """Load the newest checkpoint, if any, into the judge, the averaged weights, the optimizers: (next step, state)."""
-    found = run.latest_checkpoint(folder)
+    found = checkpoints.latest_checkpoint(folder)
     if not found:
         return 0, {}
     step, weights, moments, state = found
-    run.require_fit(weights, with_average(judge, averaged), folder / "checkpoints")
+    checkpoints.require_fit(weights, with_average(judge, averaged), folder / "checkpoints")
     load_weights(judge, weights)
     for name, tensor in averaged.items():
         tensor.copy_(sharding.shard_like(tensor, weights[f"averaged.{name}"]))
@@ -112,7 +113,7 @@ def save_checkpoint(judge: Judge, averaged: dict, chosen: dict, folder: Path, *,
         dist.assert_same_weights(weights.items())
     moments = {name: optimizer.state_dict() for name, optimizer in chosen.items()}
     weights, moments = sharding.whole([weights, moments], main_only=True)
-    run.save_checkpoint(folder, step, weights=weights, optimizer=moments, state=state)
+    checkpoints.save_checkpoint(folder, step, weights=weights, optimizer=moments, state=state)
 
 
 def drop_nonfinite(answers: Answers) -> int:
@@ -132,8 +133,8 @@ def count_bad(bad: int, row: dict, folder: Path, step: int) -> int:
     reason = ", ".join([*found, f"grad_norm {row['grad_norm']:.3g}"])
     dist.print0(f"step {step}: the update was skipped: {reason}")
     if bad == 2:
-        last = ["none yet", *checkpoints(folder)][-1]
-        run.fail(f"{folder}: three steps in a row without a usable update ({reason}); last good checkpoint: {last}; "
+        last = ["none yet", *list_checkpoints(folder)][-1]
+        fail(f"{folder}: three steps in a row without a usable update ({reason}); last good checkpoint: {last}; "
                  "lower the learning rate or raise warmup_steps in a new run=")
     return bad + 1
 

@@ -34,10 +34,13 @@ import numpy as np
 import torch
 
 from conftest import ROOT, load_stage, make_images
-from common import grpo, mllm, mllm_policy, plain_rows, sampling, token_tree, tree_attention
-from common.cohorts import Cohort
-from common.looks import Images, encode, look_at
+from common import dist, grpo, mllm, plain_rows, sr_grpo, sr_policy, sr_reward, token_tree
+from common.groups import Cohort
+from common.images import resize
+from common.replies import Images, answer_logp, encode, generate, look_at
 from common.small_mllm import build_small
+from common.sr_cold_start import fit_sampler
+from common.sr_policy import Policy
 from common.training import optimizers
 
 LRS, CANDIDATES, SIZE, TOKENS = 2, 4, 256, 32
@@ -94,7 +97,7 @@ def plain_step(cfg, judge, reference, cohorts: list[Cohort], chosen: dict) -> No
     with torch.no_grad():
         features, grids = encode(judge, images)
         n = len(cohorts) * CANDIDATES
-        written = sampling.generate(judge, features, grids, torch.rand(n, cfg.replies, TOKENS),
+        written = generate(judge, features, grids, torch.rand(n, cfg.replies, TOKENS),
                                     [CANDIDATES] * len(cohorts))
     rewards = torch.tensor([[len(set(ids)) / TOKENS for ids in own] for own in written])
     advantages = grpo.group_advantages(rewards)
@@ -175,7 +178,7 @@ def trl_rounds(cfg, judge, cohorts: list[Cohort], rounds: int, others: dict) -> 
     from transformers import Qwen2_5_VLProcessor, TrainerCallback
     from transformers.processing_utils import ProcessorMixin
 
-    from common.metrics import resize
+    pass
     ProcessorMixin.check_argument_for_proper_class = lambda *given: None        # no video processor: no torchvision
     found = {"trl": [], **{name: [] for name in others}}
 
@@ -249,7 +252,7 @@ def grouper_logp(judge, images: Images, replies: list[list[list[int]]]) -> torch
     hidden = judge.net.model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=groups.padding_mask,
                              use_cache=False, mm_encoder_outputs=plain_rows.encoded(judge, given),
                              prefix_grouper=groups, prefix_grouper_attn_func="causal_sdpa").last_hidden_state
-    judge.net.set_attn_implementation({"text_config": tree_attention.NAME})
+    judge.net.set_attn_implementation({"text_config": token_tree.NAME})
     written = [(b, k) for b, tree in enumerate(trees) for k in range(1, len(tree))]
     b, column, token = token_tree.reply_tokens(rows, written)
     return mllm.policy_logits(judge, hidden[b, column]).log_softmax(-1).gather(-1, token[:, None])[:, 0]
@@ -262,7 +265,7 @@ def losses(cfg, judge, cohorts: list[Cohort], rounds: int) -> dict[str, list[flo
 
     def ours() -> torch.Tensor:
         digits = judge.digit_ids.expand(3 * CANDIDATES, -1)
-        return mllm_policy.logp(judge, *encode(judge, [images]), [replies], digits)[0].flatten()
+        return answer_logp(judge, *encode(judge, [images]), [replies], digits)[0].flatten()
     ways = {"ours": ours}
     if importlib.util.find_spec("prefix_grouper"):
         ways["prefix-grouper"] = lambda: grouper_logp(judge, images, replies)
@@ -304,9 +307,9 @@ def sr_training(rounds: int) -> dict[str, list[float]]:
     """Seconds of stage 04's step, 20 denoising steps as in configs/full.yaml: window of 3 trained, and all 19."""
     from diffusers import UNet2DModel
 
-    from common import sr_detail, sr_grpo, sr_reward
-    from common.sr_cold_start import fit_sampler
-    from common.sr_policy import Policy
+    pass
+    pass
+    pass
     stage, found = load_stage("04"), {"window": [], "full trajectory": []}
     groups = [make_images(i, 64, 64, count=1) for i in range(2)]
     lr, hr = (torch.tensor(np.stack(own)).permute(0, 3, 1, 2) / 255 for own in zip(*groups))
@@ -314,7 +317,7 @@ def sr_training(rounds: int) -> dict[str, list[float]]:
     sampler = fit_sampler(hr, lr, scale=4, steps=20, contrast_power=0.7)
     latent = len(sampler.basis)
     policy = Policy(UNet2DModel(
-        sample_size=(16, 16), in_channels=latent + sr_detail.CONDITION_CHANNELS, out_channels=latent,
+        sample_size=(16, 16), in_channels=latent + sr_policy.CONDITION_CHANNELS, out_channels=latent,
         block_out_channels=[32, 64], layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8), sampler).eval()
     reference = Policy(policy.unet.__class__.from_config(policy.unet.config), sampler).eval()
@@ -348,7 +351,7 @@ def peak_mb(way: str, k: int, vocabulary: int) -> float:
     if way == "plain":
         logp = plain_logp(judge, images, texts, [ids for own in replies for ids in own])
     else:
-        logp = mllm_policy.logp(judge, *encode(judge, images), [replies], judge.digit_ids.expand(3 * count, -1))[0]
+        logp = answer_logp(judge, *encode(judge, images), [replies], judge.digit_ids.expand(3 * count, -1))[0]
     logp.mean().backward()
     return resident("VmHWM") - before
 
@@ -360,7 +363,7 @@ def resident(name: str) -> float:
 
 def worker(rounds: int) -> list[float]:
     """Seconds per step under torchrun: as much work for each process, however many there are."""
-    from common import dist
+    pass
     dist.init()
     cfg, judge, reference, cohorts = build(8)
     n = dist.world_size()

@@ -23,8 +23,9 @@ import torch
 
 from conftest import ROOT, load_stage
 
-from common import data, grpo, run, sr_cold_start, sr_plan, sr_training
-from common.sr_images import load
+from common import grpo, run, sr_cold_start, sr_plan, sr_training
+from common.groups import image_batch
+from common.images import write_png
 
 ROWS = [{"lora_rank": rank, "samples_per_gpu": size, "gradient_checkpointing": checkpointing}
         for rank in (16, 0) for size in (16, 4) for checkpointing in (False, True)]
@@ -45,8 +46,8 @@ def measure(changes: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         rng, groups = np.random.default_rng(0), [{"scale": 4, "hr": "hr.png", "lr": "lr.png"}] * 2
         for name, side in (("hr", 128), ("lr", 32)):
-            data.write_png(Path(folder) / f"{name}.png", rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        policy, lr = sr_cold_start.new_policy(cfg, Path(folder), groups), load(Path(folder), groups, "lr")
+            write_png(Path(folder) / f"{name}.png", rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        policy, lr = sr_cold_start.new_policy(cfg, Path(folder), groups), image_batch(Path(folder), groups, "lr")
     policy, reference = stage.with_reference(cfg, policy.eval().requires_grad_(False))
     optimizer = torch.optim.AdamW(sr_training.trainable(policy.unet).values(), lr=1e-4)
     rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)

@@ -141,10 +141,10 @@ def make_images(seed: int, height: int = 32, width: int = 32, count: int = 3) ->
     """Return [LR, candidate, ..]: smooth random pictures, uint8, with noise of the candidate's number."""
     import numpy as np
 
-    from common import metrics
+    from common.images import resize
     rng = np.random.default_rng(seed)
     lr = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
-    smooth = metrics.resize(lr, (width, height), "bicubic").astype(float)
+    smooth = resize(lr, (width, height), "bicubic").astype(float)
     noisy = [smooth + rng.normal(0, 8 * i, smooth.shape) for i in range(count)]
     return [lr, *(image.clip(0, 255).astype(np.uint8) for image in noisy)]
 

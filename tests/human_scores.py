@@ -16,7 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import metrics, pair_stats
-from common.reward_stats import Labels, accuracies
+from common.groups import Labels
+from common.reward_stats import accuracies
 from real_networks import fetch
 
 WHEEL = ("qualisr-lab==0.1.7",)

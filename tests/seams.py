@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import data, metrics, sr_latent, sr_policy, sr_tiles        # noqa: E402
-from common.sr_images import to_pixels                                  # noqa: E402
+from common import metrics, sr_latent, sr_policy, sr_tiles
+from common.images import read_image, resize, to_pixels
 
 PHOTOGRAPHS = {"chelsea.png": (30, 100), "coffee.png": (100, 200)}      # corners of crops of 256 x 256 px; test split
 WAYS = ((32, 0), (32, 8), (16, 4), (48, 16))                            # tile, overlap; LR px
@@ -46,8 +46,8 @@ def main() -> None:
     print(f"tile {'overlap':>8} {'way':<24}{'seam':>6} {'PSNR to whole, dB':>18}    means of {len(PHOTOGRAPHS)} crops")
     rows = {}
     for photograph, (y, x) in PHOTOGRAPHS.items():
-        hr = data.read_image(Path(skimage.__file__).parent / "data" / photograph)[y:y + 256, x:x + 256]
-        lr = metrics.resize(np.ascontiguousarray(hr), (64, 64), "area")
+        hr = read_image(Path(skimage.__file__).parent / "data" / photograph)[y:y + 256, x:x + 256]
+        lr = resize(np.ascontiguousarray(hr), (64, 64), "area")
         key = (0, "seams", photograph)
         whole = to_pixels(sr_tiles.restore(policy, lr, key, tile=64, overlap=0, batch=16))[0]
         for tile, overlap in WAYS:

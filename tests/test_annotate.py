@@ -24,7 +24,9 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from annotation_server import Server, build_small, read_lines, request, stage_folder
-from common import agreement, annotate, cohorts, data, human_labels, judgements, labels, metrics, pairs, quality, run
+from common import agreement, annotate, human_labels, judgements, metrics, pairs, quality, run
+from common.groups import all_groups, common_scores, digit_targets, label_arrays, load_cohorts, method_prior
+from common.images import read_image, resize
 from conftest import ROOT, run_stage
 
 PICTURES = defaultdict(lambda: "0123456789abcdef")       # of any group
@@ -99,7 +101,7 @@ def test_all_pairs_are_offered_then_nothing_and_first_those_that_connect():
     assert len(tasks) == 5 * 6 and pairs.next_task(GROUPS, lines, "ann", seed=0, shown=2) is None
     for group, names in GROUPS.items():
         own = [tuple(sorted(task["candidates"])) for task in tasks if task["group"] == group]
-        assert len(set(pairs.components(names, set(own[:3])).values())) == 1, "three pairs connect four candidates"
+        assert len(set(judgements.components(names, set(own[:3])).values())) == 1, "three pairs connect four candidates"
     late = [task for task in tasks if tasks.index(task) >= 15]                   # the next after all are connected
     gaps = [abs(int(a[-1]) - int(b[-1])) for a, b in (task["candidates"] for task in late)]
     assert np.mean(gaps[:5]) <= np.mean(gaps[-5:])
@@ -188,7 +190,7 @@ def test_labels_only_where_the_comparisons_connect_all_candidates():
              line("ann", "g1", ["g1_2", "g1_0", "g1_3", "g1_1"], "consistency", [1, 2, 3, 4]),
              line("ann", "g2", ["g2_0", "g2_1", "g2_2", "g2_3"], "naturalness", None)]
     labels = human_labels.aggregate(GROUPS, lines)
-    assert set(labels["g0"]) == {"consistency"} and set(labels["g1"]) == set(data.AXES) and not labels["g2"]
+    assert set(labels["g0"]) == {"consistency"} and set(labels["g1"]) == set(metrics.AXES) and not labels["g2"]
     assert labels["g0"]["consistency"]["ranks"][:2] == [1, 2] and labels["g0"]["consistency"]["votes"] == 3
     assert labels["g1"]["consistency"]["ranks"] == [2, 4, 1, 3]
     assert labels["g1"]["naturalness"]["ranks"] == [2, 3, 1, 2]
@@ -208,15 +210,15 @@ def test_how_often_a_group_was_judged_does_not_change_what_its_candidates_teach(
     assert np.ptp(many["scores"]) > 1.5 * np.ptp(few["scores"])
     groups = [{"id": name, "candidates": [{"method": f"m{i}"} for i in range(4)], "labels": {"consistency": own}}
               for name, own in (("few", few), ("many", many))]
-    arrays = labels.label_arrays(groups)
+    arrays = label_arrays(groups)
     assert np.isnan(arrays.scores).all()
-    scale = np.sort([s for own in (few, many) for s in labels.common_scores(own)])
+    scale = np.sort([s for own in (few, many) for s in common_scores(own)])
     for own in (few, many):
-        assert cohorts.digit_targets(own, scale).tolist() == pytest.approx([9, 9 - 8 / 3, 1 + 8 / 3, 1])
-    assert labels.method_prior(groups, groups, arrays)[0, :, 0].tolist() == [-1, -2, -3, -4]
+        assert digit_targets(own, scale).tolist() == pytest.approx([9, 9 - 8 / 3, 1 + 8 / 3, 1])
+    assert method_prior(groups, groups, arrays)[0, :, 0].tolist() == [-1, -2, -3, -4]
     proxy = {"ranks": [1, 2], "scores": [0.9, 0.2], "source": "proxy", "votes": None}
-    assert cohorts.digit_targets(proxy, np.array([0.2, 0.9])).tolist() == [7, 3]
-    assert cohorts.digit_targets({"ranks": [1, 1, 1]}, scale).tolist() == [5, 5, 5]
+    assert digit_targets(proxy, np.array([0.2, 0.9])).tolist() == [7, 3]
+    assert digit_targets({"ranks": [1, 1, 1]}, scale).tolist() == [5, 5, 5]
 
 
 # agreement -------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def quality_of(config) -> dict[str, dict[str, float]]:
     folder = stage_folder(config)
     return {(folder / candidate["path"]).read_bytes(): {axis: group["labels"][axis]["scores"][i]
                                                         for axis in judgements.ASKED}
-            for group in data.all_groups(folder) for i, candidate in enumerate(group["candidates"])}
+            for group in all_groups(folder) for i, candidate in enumerate(group["candidates"])}
 
 
 def look(server, task, quality, seen) -> list[int]:
@@ -417,7 +419,7 @@ def test_bad_requests_get_4xx_and_write_nothing(config):
 def test_what_travels_is_blind(config):
     """Neither methods, nor files, nor ids of groups or candidates; but pictures as they are."""
     folder = stage_folder(config)
-    names = {word for group in data.all_groups(folder) for candidate in group["candidates"]
+    names = {word for group in all_groups(folder) for candidate in group["candidates"]
              for word in (candidate["method"], candidate["id"], candidate["path"], group["id"], group["source"])}
     with Server(config) as server:
         sent = [server.call("")[1].decode()]
@@ -437,7 +439,7 @@ def test_what_travels_is_blind(config):
     assert not any(word in text for text in sent[1:] for word in ("train", "test", "candidates/", ".png", "hr"))
     (tmp := folder.parent / "smooth.png").write_bytes(pictures[1])
     (small := folder.parent / "lr.png").write_bytes(pictures[0])
-    assert np.array_equal(data.read_image(tmp), metrics.resize(data.read_image(small), (32, 32), "bicubic"))
+    assert np.array_equal(read_image(tmp), resize(read_image(small), (32, 32), "bicubic"))
 
 
 def test_kill_9_loses_nothing_and_a_reload_goes_on(config):
@@ -553,11 +555,11 @@ def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, 
         assert server.task("ann")["task"] is None and server.task("ann")["progress"]["share"] == 1
     done = run_stage("01", config, "labels=human")
     assert done.returncode == 0, done.stderr
-    groups = data.all_groups(folder)
+    groups = all_groups(folder)
     proxies, people = [], []
     for group, line in zip(groups, before["groups.jsonl"].splitlines()):
         old = json.loads(line)
-        assert group["proxy_labels"] == old["labels"] and set(group["labels"]) == set(data.AXES)
+        assert group["proxy_labels"] == old["labels"] and set(group["labels"]) == set(metrics.AXES)
         assert {key: value for key, value in group.items() if key not in ("labels", "proxy_labels")} == \
             {key: value for key, value in old.items() if key != "labels"}
         for axis in judgements.ASKED:
@@ -571,7 +573,7 @@ def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, 
     assert results["label_source"] == "human" and results["labeled_groups"] == {"train": 4, "val": 2, "test": 3}
     assert results["method_prior"]["overall"] is not None and results["pairs"] == ordered_pairs(groups)
     quality_now = json.loads((folder / "quality.json").read_text())
-    assert {axis: own["sources"] for axis, own in quality_now["labels"].items()} == dict.fromkeys(data.AXES, ["human"])
+    assert {axis: own["sources"] for axis, own in quality_now["labels"].items()} == dict.fromkeys(metrics.AXES, ["human"])
     assert quality_now["labels"]["overall"]["votes"] == sum(group["labels"]["overall"]["votes"] for group in groups)
     assert "<span>label_source</span><b>human</b>" in (folder.parent / "index.html").read_text()
     report = json.loads((folder / "annotation_report.json").read_text())
@@ -619,7 +621,7 @@ def test_who_is_left_out_and_what_is_refused(config):
     assert unknown.returncode == 2 and "eve" in unknown.stderr
     assert run_stage("01", config, "labels=human", "annotate_without=bob").returncode == 0
     lines = {line["group"]: line for line in read_lines(config) if line["annotator"] == "ann"}
-    for group in data.all_groups(folder):
+    for group in all_groups(folder):
         if group["id"] in lines:
             shown = dict(zip(lines[group["id"]]["candidates"], (1, 2, 3, 4)))
             assert group["labels"]["overall"]["ranks"] == [shown[c["id"]] for c in group["candidates"]]
@@ -636,7 +638,7 @@ def test_who_is_left_out_and_what_is_refused(config):
 def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_run, toy_config, tmp_path):
     source = tmp_path / "01_build_dataset"
     shutil.copytree(toy_run / source.name, source)
-    groups = data.all_groups(source)
+    groups = all_groups(source)
     with judgements.open_log(source / judgements.NAME) as log:
         for number, group in enumerate(groups):
             shown = judgements.pictures_of(group)
@@ -654,9 +656,9 @@ def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_r
         human_labels.set_labels(source, kind, [])
         assert ((source / "quality.json").read_bytes() == before) == (kind == "proxy")
         assert (b"label_model" in (source / "quality.json").read_bytes()) == (kind == "proxy")
-    kinds = {tuple(group["labels"]) for group in data.all_groups(source)}
-    assert kinds == {(), ("consistency",), data.AXES}
-    train, scale = cohorts.load_cohorts(source, "train")
+    kinds = {tuple(group["labels"]) for group in all_groups(source)}
+    assert kinds == {(), ("consistency",), metrics.AXES}
+    train, scale = load_cohorts(source, "train")
     assert len(train) == 24 - 24 // 7 and np.isnan(train[0].ranks[:, 1:]).all() and not np.isnan(train[1].ranks).any()
     assert not any(map(len, scale)), "strengths of different groups do not compare"
     for axis in range(3):
@@ -667,8 +669,8 @@ def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_r
         assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(row) for row in (tmp_path / "02_train_reward" / "metrics.jsonl").read_text().splitlines()]
     shown = [row for row in lines if "val_pair_accuracy" in row]
-    assert shown and all({f"val_{axis}_accuracy" for axis in data.AXES} <= set(row) for row in shown)
+    assert shown and all({f"val_{axis}_accuracy" for axis in metrics.AXES} <= set(row) for row in shown)
     results = json.loads((tmp_path / "03_eval_reward" / "results.json").read_text())
     assert "human" in results["summary"] and "proxy" not in results["summary"]
     assert {"judge", "method_prior", "psnr"} <= set(results["accuracy"])
-    assert all(results["accuracy"]["judge"][axis]["value"] is not None for axis in data.AXES)
+    assert all(results["accuracy"]["judge"][axis]["value"] is not None for axis in metrics.AXES)

@@ -19,8 +19,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from common import data, faults, files, mllm, photos, run, sr_latent
+from common import checkpoints, mllm, photos, run, sr_latent
 from common.config import load_config
+from common.groups import group_images, load_groups
+from common.images import read_image, write_png
 from conftest import build_judge, load_stage, tree
 from test_data import BAD, PIXELS, RGB, saved, stage01                       # noqa: F401 (a fixture)
 from test_mllm import ANSWER, GOOD
@@ -97,7 +99,7 @@ def test_pictures_of_odd_kinds_are_read(tmp_path, name):
     content, pixels = ODD[name]
     (tmp_path / name).write_bytes(content)
     [(_, path)] = photos.find(str(tmp_path), "hr_dir")
-    assert np.array_equal(data.read_image(path), pixels)
+    assert np.array_equal(read_image(path), pixels)
 
 
 def reason(path: Path) -> str:
@@ -144,7 +146,7 @@ def test_no_memory_for_a_picture_is_no_fault_of_the_picture(tmp_path, capsys, mo
     stage = load_stage("01")
 
     def survey():
-        with faults.explained(stage.Config):
+        with run.explained(stage.Config):
             photos.survey(8, 1.0, {"path": str(tmp_path / "a.png")})
     one_line(capsys, survey, "out of memory", "hf_batch", "workers")
 
@@ -258,8 +260,8 @@ def test_bad_groups(stage01, capsys, name):                                  # n
     before = tree(stage01)
 
     def read():
-        for group in data.load_groups(stage01, "train"):
-            data.group_images(stage01, group)
+        for group in load_groups(stage01, "train"):
+            group_images(stage01, group)
     one_line(capsys, read, str(stage01), *words, "build")
     assert tree(stage01) == before
 
@@ -372,13 +374,13 @@ def outside(call):
 @pytest.mark.parametrize("write", [
     lambda folder: run.write_bytes(folder / "b.bin", bytes(2_000_000)),
     lambda folder: run.save_tensors(folder / "best.safetensors", {"w": torch.zeros(500_000)}),
-    lambda folder: run.save_checkpoint(folder, 2, weights={"w": torch.zeros(500_000)}, optimizer={}, state={}),
-    lambda folder: data.write_png(folder / "a.png", np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)),
+    lambda folder: checkpoints.save_checkpoint(folder, 2, weights={"w": torch.zeros(500_000)}, optimizer={}, state={}),
+    lambda folder: write_png(folder / "a.png", np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)),
     lambda folder: save_file({"w": torch.zeros(500_000)}, folder / "w.safetensors"),
 ], ids=["file", "best", "checkpoint", "picture", "library"])
 def test_a_full_disk(tmp_path, capsys, write):
     """A file may not grow above 1 MB, which fails as a full disk does, but for the number of the error."""
-    run.save_checkpoint(tmp_path, 1, weights={"w": torch.ones(3)}, optimizer={}, state={})
+    checkpoints.save_checkpoint(tmp_path, 1, weights={"w": torch.ones(3)}, optimizer={}, state={})
     run.save_tensors(tmp_path / "best.safetensors", {"w": torch.ones(3)})
     before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
@@ -386,7 +388,7 @@ def test_a_full_disk(tmp_path, capsys, write):
         one_line(capsys, outside(lambda: write(tmp_path)), "too large", "make room", "same command again")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert tree(tmp_path).items() >= before.items() and run.latest_checkpoint(tmp_path)[0] == 1
+    assert tree(tmp_path).items() >= before.items() and checkpoints.latest_checkpoint(tmp_path)[0] == 1
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES"])
@@ -395,7 +397,7 @@ def test_a_disk_that_takes_nothing(tmp_path, capsys, monkeypatch, code):
         raise OSError(vars(errno)[code], os.strerror(vars(errno)[code]))
     run.write_json(tmp_path / "a.json", {"old": 1})
     before = tree(tmp_path)
-    monkeypatch.setattr(files.os, "fsync", refuse)
+    monkeypatch.setattr(run.os, "fsync", refuse)
     one_line(capsys, outside(lambda: run.write_json(tmp_path / "a.json", {"new": 2})), "make room or change run=")
     assert tree(tmp_path) == before
 

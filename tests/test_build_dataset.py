@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import candidates, data, external, jobs, metrics, photos, run
+from common import candidates, external, jobs, metrics, photos, run
 from common.config import load_config
+from common.groups import SPLITS, all_groups, group_images, load_groups
+from common.images import read_image, resize, to_float, write_png
 from conftest import ROOT, load_stage, run_stage, tree
 
 TEST = ["chelsea", "coffee"]
@@ -58,7 +60,7 @@ def stage(capfd):
 def textured(seed, height=60, width=70):
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (height // 5, width // 5, 3)).astype(np.uint8)
-    return metrics.resize(small, (width, height), "bicubic")
+    return resize(small, (width, height), "bicubic")
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +90,9 @@ def test_lines_and_files(built):
         assert set(line) == KEYS
         assert set(line["sha256"]) == {line["lr"], line["hr"], *(c["path"] for c in line["candidates"])}
         assert all(run.sha256(built / path) == digest for path, digest in line["sha256"].items())
-        assert data.read_image(built / line["lr"]).shape == (8, 8, 3)
-        assert {data.read_image(built / c["path"]).shape for c in line["candidates"]} == {(32, 32, 3)}
-        assert set(line["labels"]) == set(data.AXES)
+        assert read_image(built / line["lr"]).shape == (8, 8, 3)
+        assert {read_image(built / c["path"]).shape for c in line["candidates"]} == {(32, 32, 3)}
+        assert set(line["labels"]) == set(metrics.AXES)
         for label in line["labels"].values():
             assert label["source"] == "proxy" and len(label["ranks"]) == 3 and min(label["ranks"]) == 1
             assert all(0 < score <= 1 for score in label["scores"])
@@ -100,14 +102,14 @@ def test_lines_and_files(built):
     assert results["groups"] == 8 and results["candidates"] == 24 and results["label_source"] == "proxy"
     assert results["pairs"] == sum(len(metrics.pair_hits(r, r)[0]) for r in
                                    (line["labels"]["overall"]["ranks"] for line in lines))
-    assert data.read_image(built / "contact_sheet.png").shape[1] > 500
+    assert read_image(built / "contact_sheet.png").shape[1] > 500
     assert not (built / "progress").exists()
 
 
 def test_label_follows_the_recorded_images(built):
     """The scores of the ground truth and of resampled candidates can be computed again from the files."""
-    for group in data.load_groups(built, "train"):
-        lr, images, hr = data.group_images(built, group)
+    for group in load_groups(built, "train"):
+        lr, images, hr = group_images(built, group)
         for index, candidate in enumerate(group["candidates"]):
             score = metrics.proxy_consistency(images[index], hr, lr)
             assert abs(score - group["labels"]["consistency"]["scores"][index]) < 1e-4
@@ -152,14 +154,14 @@ def test_bad_files_are_skipped_and_named(stage, tmp_path):
     pictures = tmp_path / "pictures"
     (pictures / "sub").mkdir(parents=True)
     for index in range(3):
-        data.write_png(pictures / f"good{index}.png", textured(index))
-    data.write_png(pictures / "sub" / "good0.png", textured(9))             # same stem, another source
+        write_png(pictures / f"good{index}.png", textured(index))
+    write_png(pictures / "sub" / "good0.png", textured(9))             # same stem, another source
     shutil.copy(pictures / "good1.png", pictures / "twin.png")
     (pictures / "truncated.png").write_bytes((pictures / "good0.png").read_bytes()[:900])
     (pictures / "empty.jpg").write_bytes(b"")
     (pictures / "text.png").write_text("no picture")
-    data.write_png(pictures / "dot.png", np.zeros((1, 1, 3), np.uint8))
-    data.write_png(pictures / "flat.png", np.full((64, 64, 3), 90, np.uint8))
+    write_png(pictures / "dot.png", np.zeros((1, 1, 3), np.uint8))
+    write_png(pictures / "flat.png", np.full((64, 64, 3), 90, np.uint8))
     (pictures / "notes.txt").write_text("not looked at")
     config = write_config(tmp_path, hr_dir=str(pictures), val_sources=[], test_sources=[])
     done = stage(config)
@@ -172,7 +174,7 @@ def test_bad_files_are_skipped_and_named(stage, tmp_path):
     assert "smaller than one crop" in skipped["dot.png"] and "flat" in skipped["flat.png"]
     assert "same pixels" in skipped["twin.png"]
     lines = [json.loads(line) for line in (folder / "groups.jsonl").read_text().splitlines()]
-    sources = {split: {line["source"] for line in lines if line["split"] == split} for split in data.SPLITS}
+    sources = {split: {line["source"] for line in lines if line["split"] == split} for split in SPLITS}
     assert all(sources.values()) and sum(map(len, sources.values())) == len(set.union(*sources.values()))
     strict = stage(config, f"run={tmp_path / 'strict'}", "strict=true")
     assert strict.returncode == 2 and strict.stderr.count("error:") == 1 and "strict=false" in strict.stderr
@@ -246,10 +248,10 @@ def test_folder_source_in_two_passes(stage, tmp_path):
     third = stage(config)
     assert third.returncode == 0, third.stderr
     assert (folder / "lr" / "train_00000.png").stat().st_mtime_ns == before
-    for group in data.all_groups(folder):
+    for group in all_groups(folder):
         index = [candidate["method"] for candidate in group["candidates"]].index("mynet")
-        lr, images, hr = data.group_images(folder, group)
-        assert np.array_equal(images[index], data.read_image(outputs / f"{group['id']}.jpg"))
+        lr, images, hr = group_images(folder, group)
+        assert np.array_equal(images[index], read_image(outputs / f"{group['id']}.jpg"))
         assert group["labels"]["naturalness"]["scores"][index] < 1
         score = metrics.proxy_consistency(images[index], hr, lr)
         assert abs(score - group["labels"]["consistency"]["scores"][index]) < 1e-4
@@ -259,14 +261,14 @@ def test_a_photograph_that_changed_during_a_build_is_named(stage, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for index in range(4):
-        data.write_png(pictures / f"{index}.png", textured(index))
+        write_png(pictures / f"{index}.png", textured(index))
     config = write_config(tmp_path, hr_dir=str(pictures), val_sources=[], test_sources=[],
                           candidates=["hr", f"folder:mynet={tmp_path / 'none'}"])
     assert "lacks 8 of 8" in stage(config).stderr
     (pictures / "0.png").touch()
     assert "lacks 8 of 8" in stage(config).stderr, "the same pixels"
     for index in range(4):
-        data.write_png(pictures / f"{index}.png", textured(index + 10))
+        write_png(pictures / f"{index}.png", textured(index + 10))
     changed = stage(config)
     assert changed.returncode == 2 and "the pictures changed since" in changed.stderr
 
@@ -275,15 +277,15 @@ def test_lr_only_pictures_have_no_labels(stage, tmp_path):
     pictures = tmp_path / "lr"
     pictures.mkdir()
     for index in range(4):
-        data.write_png(pictures / f"{index}.png", textured(index, 20, 24))
+        write_png(pictures / f"{index}.png", textured(index, 20, 24))
     config = write_config(tmp_path, hr_dir=None, lr_dir=str(pictures), val_sources=[], test_sources=[],
                           candidates=["resample", "resample"])
     done = stage(config)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "01_build_dataset"
     assert json.loads((folder / "manifest.json").read_text())["results"]["label_source"] == "none"
-    group = data.load_groups(folder, "train")[0]
-    lr, images, hr = data.group_images(folder, group)
+    group = load_groups(folder, "train")[0]
+    lr, images, hr = group_images(folder, group)
     assert group["labels"] == {} and hr is None and lr.shape == (8, 8, 3) and images[0].shape == (32, 32, 3)
     refused = stage(config, f"run={tmp_path / 'r'}", "candidates=hr,resample")
     assert refused.returncode == 2 and "needs ground truth" in refused.stderr
@@ -305,7 +307,7 @@ def test_split_by_hash_is_stable_and_fills_every_split():
     names = [f"picture{i}" for i in range(40)]
     fractions, nobody = {"test": 0.1, "val": 0.05}, {"val": [], "test": []}
     splits = photos.split_sources(names, nobody, fractions, seed=0)
-    counts = [list(splits.values()).count(split) for split in data.SPLITS]
+    counts = [list(splits.values()).count(split) for split in SPLITS]
     assert counts == [34, 2, 4] and splits == photos.split_sources(names[::-1], nobody, fractions, seed=0)
     assert splits != photos.split_sources(names, nobody, fractions, seed=1)
     with pytest.raises(SystemExit):
@@ -324,7 +326,7 @@ def test_flat_crops_are_drawn_again():
 @pytest.mark.parametrize("method", candidates.INCONSISTENT)
 def test_stronger_inconsistency_is_less_consistent(monkeypatch, method):
     monkeypatch.setattr(candidates, "INCONSISTENT", (method,))
-    hr, foreign = (metrics.to_float(textured(i, 64, 64)) for i in (1, 2))
+    hr, foreign = (to_float(textured(i, 64, 64)) for i in (1, 2))
     scores = []
     for limit in (0.0, 0.5, 1.0):
         monkeypatch.setattr(candidates, "amount", lambda _, low, high, at=limit: low * (high / low) ** at)
@@ -337,7 +339,7 @@ def test_stronger_inconsistency_is_less_consistent(monkeypatch, method):
 @pytest.mark.parametrize("method", candidates.UNNATURAL)
 def test_stronger_fault_is_less_natural_and_stays_consistent(monkeypatch, method):
     monkeypatch.setattr(candidates, "UNNATURAL", (method,))
-    hr = metrics.to_float(textured(1, 64, 64))
+    hr = to_float(textured(1, 64, 64))
     rng = np.random.default_rng
     faulty = [candidates.add_fault(hr, strength, rng(3))[0] for strength in (0.0, 0.5, 1.0)]
     scores = [metrics.proxy_naturalness(image, hr) for image in faulty]
@@ -435,15 +437,15 @@ def test_hf_source(tmp_path, save, model):
     model, lr, out = str(tmp_path / "saved" / model), tmp_path / "lr", tmp_path / "out"
     lr.mkdir()
     for name in "ab":
-        data.write_png(lr / f"{name}.png", textured(ord(name), 32, 32)[:32, :32])
+        write_png(lr / f"{name}.png", textured(ord(name), 32, 32)[:32, :32])
     external.restore_folder(model, lr, out, names=["a", "b"], steps=1, seed=0)
-    first = {name: data.read_image(out / f"{name}.png") for name in "ab"}
+    first = {name: read_image(out / f"{name}.png") for name in "ab"}
     assert first["a"].shape == (128, 128, 3) and first["a"].std() > 0
     (out / "a.png").unlink()
-    data.write_png(out / "b.png", textured(1, 30, 30))        # kept: only what is missing is made
+    write_png(out / "b.png", textured(1, 30, 30))        # kept: only what is missing is made
     external.restore_folder(model, lr, out, names=["a", "b"], steps=1, seed=0)
-    assert np.array_equal(data.read_image(out / "a.png"), first["a"])
-    assert data.read_image(out / "b.png").shape == (30, 30, 3)
+    assert np.array_equal(read_image(out / "a.png"), first["a"])
+    assert read_image(out / "b.png").shape == (30, 30, 3)
 
 
 def test_hf_source_in_the_stage_and_refusals(stage, tmp_path, capfd):
@@ -451,7 +453,7 @@ def test_hf_source_in_the_stage_and_refusals(stage, tmp_path, capfd):
     config = write_config(tmp_path, candidates=["hr", f"hf:swin={tmp_path / 'swin'}"], train_groups=2)
     done = stage(config)
     assert done.returncode == 0, done.stderr
-    group = data.load_groups(tmp_path / "run" / "01_build_dataset", "train")[0]
+    group = load_groups(tmp_path / "run" / "01_build_dataset", "train")[0]
     assert {candidate["method"] for candidate in group["candidates"]} == {"hr", "swin"}
     one = {"names": ["a"], "steps": 1, "seed": 0}
     (tmp_path / "nothing").mkdir()
@@ -463,7 +465,7 @@ def test_hf_source_in_the_stage_and_refusals(stage, tmp_path, capfd):
         external.restore_folder(str(tmp_path / "swin"), tmp_path, tmp_path / "o", **one)
     assert "safetensors only" in capfd.readouterr().err
     save_ldm(tmp_path / "ldm")
-    data.write_png(tmp_path / "a.png", textured(0, 40, 40)[:40, :40])
+    write_png(tmp_path / "a.png", textured(0, 40, 40)[:40, :40])
     with pytest.raises(SystemExit):
         external.restore_folder(str(tmp_path / "ldm"), tmp_path, tmp_path / "o", **one)
     assert "multiples of 32" in capfd.readouterr().err

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import cohorts, mllm, mllm_policy, run, supervised
-from common.cohorts import Cohort, Stored, load_cohorts, pick, scores_of
-from common.looks import look_at, turned
+from common import dist, mllm, run, supervised
+from common.cohorts import scores_of
+from common.groups import Cohort, Stored, digit_targets, load_cohorts, pick
+from common.replies import look_at, sample_answers, turned
 from conftest import build_judge, make_images, run_stage
 
 
@@ -20,7 +21,7 @@ from conftest import build_judge, make_images, run_stage
 def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_the_same(toy_run, monkeypatch):
     source, judge = toy_run / "01_build_dataset", mllm.load_judge(toy_run / "02_train_reward", torch.device("cpu"))
     held, _ = load_cohorts(source, "val")
-    monkeypatch.setattr(cohorts, "IN_MEMORY", 2 * sum(image.nbytes for image in held[0].images))
+    monkeypatch.setattr(dist, "IN_MEMORY", 2 * sum(image.nbytes for image in held[0].images))
     found, _ = load_cohorts(source, "val")
     assert [type(own.images) for own in found] == [list] * 2 + [Stored] * (len(held) - 2)
     assert all(type(own.images) is list for own in held) and len(held) > 3
@@ -35,7 +36,7 @@ def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_t
 def test_a_candidate_that_was_damaged_since_is_found_when_it_is_read(toy_run, tmp_path, monkeypatch, capsys):
     source = tmp_path / "01_build_dataset"
     shutil.copytree(toy_run / source.name, source)
-    monkeypatch.setattr(cohorts, "IN_MEMORY", 0)
+    monkeypatch.setattr(dist, "IN_MEMORY", 0)
     own = load_cohorts(source, "val")[0][0]
     (source / own.images.paths[1]).write_bytes(b"nothing")
     assert len(own.images) > 1 and own.images[0].dtype == np.uint8
@@ -65,7 +66,7 @@ def test_training_draws_from_as_many_looks_as_are_set(looks):
     ranks = np.ones((3, 3))
     few = [Cohort(f"{i}", lr, images, [""] * 3, ranks, ranks) for i in range(24)]
     views = [look_at(judge, few[0], look).pixels for look in range(48)]
-    shown = [item.images.pixels for item in mllm_policy.sample(judge, cfg, few, 0, set())]
+    shown = [item.images.pixels for item in sample_answers(judge, cfg, few, 0, set())]
     sampled = [next(look for look, own in enumerate(views) if torch.equal(own, pixels)) for pixels in shown]
     taught = [lesson.look for lesson in supervised.lessons_of(judge, cfg, few, phase="cold start", step=0)]
     for found in (sampled, taught):
@@ -78,7 +79,7 @@ def test_training_draws_from_as_many_looks_as_are_set(looks):
     ([1, 2, 3], [9, 5, 1]), ([2, 1, 1], [1, 9, 9]), ([2, 3, 5], [9, 19 / 3, 1]), ([1, 1, 1], [5, 5, 5]),
     ([2, 2], [5, 5])])
 def test_without_scores_the_best_and_the_worst_of_a_group_are_taught_as_9_and_1_and_what_is_level_as_5(ranks, targets):
-    assert cohorts.digit_targets({"ranks": ranks}, np.array([])) == pytest.approx(targets)
+    assert digit_targets({"ranks": ranks}, np.array([])) == pytest.approx(targets)
 
 
 # picks -----------------------------------------------------------------------------------------------------

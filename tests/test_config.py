@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from common import config
+from common.config import STAGES, comments_of, load_config, save_config
 from conftest import ROOT, load_stage
 
 TOY = '''"""
@@ -58,7 +58,7 @@ def toy(tmp_path):
 
     def load(text: str, *overrides: str):
         (tmp_path / "c.yaml").write_text(text)
-        return config.load_config(module.Config, str(script), [str(tmp_path / "c.yaml"), *overrides])
+        return load_config(module.Config, str(script), [str(tmp_path / "c.yaml"), *overrides])
 
     load.script, load.cls = script, module.Config
     return load
@@ -141,14 +141,14 @@ def test_a_file_that_cannot_be_read_stops_with_one_line(toy, capsys, tmp_path):
     paths = [tmp_path / "no.yaml", tmp_path, tmp_path / "binary.yaml"]
     for arguments in ([], ["run=a"], *([str(path)] for path in paths)):
         with pytest.raises(SystemExit) as stop:
-            config.load_config(toy.cls, str(toy.script), arguments)
+            load_config(toy.cls, str(toy.script), arguments)
         assert stop.value.code == 2
         assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
 def test_help_shows_every_setting_with_its_default_and_meaning(toy, capsys):
     with pytest.raises(SystemExit) as stop:
-        config.load_config(toy.cls, str(toy.script), ["--help"])
+        load_config(toy.cls, str(toy.script), ["--help"])
     assert stop.value.code == 0
     lines = [re.sub(" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[:3] == ["Toy stage for the tests.", "", "Second paragraph."]
@@ -167,8 +167,8 @@ def test_help_shows_every_setting_with_its_default_and_meaning(toy, capsys):
 
 def test_a_saved_config_is_accepted_back(toy, tmp_path):
     cfg = toy("run: a", "seed=5", "lr=1e-7", "name=yes: 'ü' # no", "sources=1,null", "sizes=3", "strict=on")
-    config.save_config(cfg, tmp_path / "saved.yaml", str(toy.script))
-    assert config.load_config(toy.cls, str(toy.script), [str(tmp_path / "saved.yaml")]) == cfg
+    save_config(cfg, tmp_path / "saved.yaml", str(toy.script))
+    assert load_config(toy.cls, str(toy.script), [str(tmp_path / "saved.yaml")]) == cfg
     assert list(yaml.safe_load((tmp_path / "saved.yaml").read_text())) == ["run", "seed", "02_train_reward"]
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
 
@@ -176,10 +176,10 @@ def test_a_saved_config_is_accepted_back(toy, tmp_path):
 # the real configs and scripts ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["demo", "full"])
-@pytest.mark.parametrize("stem", config.STAGES)
+@pytest.mark.parametrize("stem", STAGES)
 def test_both_configs_load_for_all_scripts(stem, name):
     stage = load_stage(stem[:2])
-    cfg = config.load_config(stage.Config, stage.__file__, [str(ROOT / "configs" / f"{name}.yaml")])
+    cfg = load_config(stage.Config, stage.__file__, [str(ROOT / "configs" / f"{name}.yaml")])
     assert cfg.run == f"runs/{name}"
 
 
@@ -187,16 +187,16 @@ def test_both_configs_have_the_same_keys_in_the_same_order():
     demo, full = (
         yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
         for name in ("demo", "full"))
-    assert list(demo) == list(full) == ["run", "seed", *config.STAGES]
-    for stem in config.STAGES:
+    assert list(demo) == list(full) == ["run", "seed", *STAGES]
+    for stem in STAGES:
         assert list(demo[stem] or {}) == list(full[stem] or {}), stem
 
 
-@pytest.mark.parametrize("stem", config.STAGES)
+@pytest.mark.parametrize("stem", STAGES)
 def test_every_setting_is_used_and_explained(stem):
     source = (ROOT / f"{stem}.py").read_text()
     readers = source + "".join(path.read_text() for path in ROOT.glob("common/*.py"))
-    for name, meaning in config.comments_of(load_stage(stem[:2]).Config, source).items():
+    for name, meaning in comments_of(load_stage(stem[:2]).Config, source).items():
         used = name == "run" or re.search(rf"\.{name}\b", readers)      # open_stage reads run
         assert used, f"{name} is never read"
         assert meaning or name == "seed", f"{name} has no comment, so --help cannot explain it"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import data
+from common.groups import group_images, load_groups
+from common.images import read_image, write_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS)
@@ -83,7 +84,7 @@ BAD = {
 def test_reads(tmp_path, name):
     content, pixels = GOOD[name]
     (tmp_path / name).write_bytes(content)
-    image = data.read_image(tmp_path / name)
+    image = read_image(tmp_path / name)
     assert image.dtype == np.uint8 and image.shape == pixels.shape and np.array_equal(image, pixels)
     image[:] = 0                                                             # the caller may write to it
 
@@ -93,12 +94,12 @@ def test_reads_16_bit_color_and_palette_with_transparency(tmp_path):
     image.info["transparency"] = 0
     image.save(tmp_path / "clear.png")
     white = np.array(image) == 0
-    assert white.any() and (data.read_image(tmp_path / "clear.png")[white] == 255).all()
+    assert white.any() and (read_image(tmp_path / "clear.png")[white] == 255).all()
     body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in PIXELS.astype(np.uint16) * 257)
     header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                                         + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
-    assert np.array_equal(data.read_image(tmp_path / "deep.png"), PIXELS)
+    assert np.array_equal(read_image(tmp_path / "deep.png"), PIXELS)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -106,31 +107,31 @@ def test_refuses_with_one_line(tmp_path, name):
     content, words = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        data.read_image(tmp_path / name)
+        read_image(tmp_path / name)
     assert str(error.value) and "\n" not in str(error.value)
 
 
 def test_refuses_what_is_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "missing.png"):
         with pytest.raises(ValueError):
-            data.read_image(path)
+            read_image(path)
 
 
 def test_png_is_whole_and_repeatable(tmp_path):
-    data.write_png(tmp_path / "a.png", PIXELS)
-    data.write_png(tmp_path / "b.png", PIXELS)
+    write_png(tmp_path / "a.png", PIXELS)
+    write_png(tmp_path / "b.png", PIXELS)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert np.array_equal(data.read_image(tmp_path / "a.png"), PIXELS)
+    assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
     with pytest.raises(AssertionError):
-        data.write_png(tmp_path / "c.png", PIXELS / 255)
+        write_png(tmp_path / "c.png", PIXELS / 255)
 
 
 @pytest.fixture
 def stage01(tmp_path):
     """A hand-written data set: one group in train, one without ground truth in test."""
     for name in ("lr", "hr", "c0", "c1"):
-        data.write_png(tmp_path / f"{name}.png", PIXELS[:4, :4] if name == "lr" else PIXELS[:16, :16])
+        write_png(tmp_path / f"{name}.png", PIXELS[:4, :4] if name == "lr" else PIXELS[:16, :16])
     group = {"id": "train_00000", "split": "train", "source": "x", "scale": 4, "lr": "lr.png", "hr": "hr.png",
              "degradation": {}, "candidates": [{"id": f"c{k}", "path": f"c{k}.png", "method": "m"} for k in range(2)],
              "labels": {"overall": {"ranks": [1, 2], "scores": [0.9, 0.1], "source": "proxy", "votes": None}}}
@@ -140,11 +141,11 @@ def stage01(tmp_path):
 
 
 def test_groups(stage01):
-    groups = data.load_groups(stage01, "train")
+    groups = load_groups(stage01, "train")
     assert [group["id"] for group in groups] == ["train_00000"]
-    lr, candidates, hr = data.group_images(stage01, groups[0])
+    lr, candidates, hr = group_images(stage01, groups[0])
     assert lr.shape == (4, 4, 3) and [c.shape for c in candidates] == [(16, 16, 3)] * 2 and hr.shape == (16, 16, 3)
-    assert data.group_images(stage01, data.load_groups(stage01, "test")[0])[2] is None
+    assert group_images(stage01, load_groups(stage01, "test")[0])[2] is None
 
 
 @pytest.mark.parametrize("old, new, words", [
@@ -163,18 +164,18 @@ def test_damaged_groups_get_one_line(stage01, capsys, old, new, words):
     assert old in text
     path.write_text(text.replace(old, new))
     with pytest.raises(SystemExit) as stop:
-        data.load_groups(stage01, "train")
+        load_groups(stage01, "train")
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
 
 
 def test_missing_groups_and_damaged_images_get_one_line(stage01, capsys):
-    groups = data.load_groups(stage01, "train")
+    groups = load_groups(stage01, "train")
     (stage01 / "c1.png").write_bytes(b"")
     with pytest.raises(SystemExit):
-        data.group_images(stage01, groups[0])
+        group_images(stage01, groups[0])
     (stage01 / "groups.jsonl").unlink()
     with pytest.raises(SystemExit):
-        data.load_groups(stage01, "train")
+        load_groups(stage01, "train")
     first, second = capsys.readouterr().err.splitlines()
     assert "c1.png cannot be read" in first and "groups.jsonl is missing" in second

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import dist, run
+from common import checkpoints, dist, run
 
 
 @dataclass
@@ -54,11 +54,11 @@ def check_exchange(folder: str) -> None:
     stage = run.open_stage(Config(run=folder), "/anywhere/02_train_reward.py")
     assert (stage / "config.yaml").exists()
     run.log_metrics(stage, 0, {"rank": rank})
-    run.save_checkpoint(stage, 1, weights={"w": mine}, optimizer={}, state={})
+    checkpoints.save_checkpoint(stage, 1, weights={"w": mine}, optimizer={}, state={})
     run.write_manifest(stage, script="/anywhere/02_train_reward.py", started=0.0, inputs=[], results={})
     dist.barrier()
     assert (stage / "metrics.jsonl").read_text().count("\n") == 1               # only the main rank writes
-    assert run.latest_checkpoint(stage)[1]["w"].tolist() == [1, 10]
+    assert checkpoints.latest_checkpoint(stage)[1]["w"].tolist() == [1, 10]
     with pytest.raises(SystemExit) as stop:
         run.open_stage(Config(run=folder), "/anywhere/02_train_reward.py")
     assert stop.value.code == 0

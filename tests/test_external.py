@@ -8,8 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from common import data, external, sources
+from common import dist, external, images, sources
 from common.config import load_config
+from common.groups import load_groups
+from common.images import read_image, write_png
 from conftest import load_stage, run_stage, tree
 from test_build_dataset import save_ldm, save_swin2sr, save_upscaler, textured
 
@@ -22,14 +24,14 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     (folder / "lr").mkdir()
     for name in NAMES:
-        data.write_png(folder / "lr" / f"{name}.png", textured(ord(name), 32, 32)[:32, :32])
+        write_png(folder / "lr" / f"{name}.png", textured(ord(name), 32, 32)[:32, :32])
     save_ldm(folder / "ldm"), save_swin2sr(folder / "swin"), save_upscaler(folder / "up")
     return folder
 
 
 def made(saved, out, model, names=NAMES, **settings):
     external.restore_folder(str(saved / model), saved / "lr", out, names=names, steps=1, seed=0, **settings)
-    return {path.stem: data.read_image(path) for path in out.glob("*.png")}
+    return {path.stem: read_image(path) for path in out.glob("*.png")}
 
 
 @pytest.mark.parametrize("model", ["ldm", "swin", "up/model"])
@@ -57,8 +59,8 @@ def test_seeds_steps_and_guidance_make_other_images(saved, tmp_path):
 def test_ranks_share_the_names(saved, tmp_path, monkeypatch):
     whole = made(saved, tmp_path / "whole", "swin")
     for rank in (0, 1):
-        monkeypatch.setattr(external.dist, "rank", lambda own=rank: own)
-        monkeypatch.setattr(external.dist, "world_size", lambda: 2)
+        monkeypatch.setattr(dist, "rank", lambda own=rank: own)
+        monkeypatch.setattr(dist, "world_size", lambda: 2)
         own = made(saved, tmp_path / "shared", "swin")
         assert len(own) == (2, 3)[rank]
     assert all(np.array_equal(whole[name], own[name]) for name in NAMES)
@@ -84,7 +86,7 @@ def test_combinations():
     assert single[2] == "hf:up=some/model?seeds=1&steps=10&guidance=1"
     assert sources.record(single[5]) == {"method": "up-steps20-guidance4.5", "seed": 1, "steps": 20, "guidance": 4.5}
     assert len({sources.record(entry)["method"] for entry in single[2:10]}) == 4        # seeds are the same method
-    assert len({sources.where(data.Path("run"), entry) for entry in single[2:10]}) == 8
+    assert len({sources.where(images.Path("run"), entry) for entry in single[2:10]}) == 8
     assert sources.record("hf:net=/m") == {"method": "net"}
 
 
@@ -119,7 +121,7 @@ def test_the_stage_with_combinations_and_two_processes(saved, tmp_path):
             assert done.returncode == 0, done.stderr
         trees.append(tree(tmp_path / str(processes) / "01_build_dataset"))
     assert trees[0] == trees[1]
-    groups = data.load_groups(tmp_path / "1" / "01_build_dataset", "train")
+    groups = load_groups(tmp_path / "1" / "01_build_dataset", "train")
     methods = sorted(candidate["method"] for candidate in groups[0]["candidates"])
     assert methods == ["hr", "ldm-steps1", "ldm-steps1", "ldm-steps2", "ldm-steps2", "swin"]
     assert {candidate.get("seed") for candidate in groups[0]["candidates"]} == {None, 1, 2}

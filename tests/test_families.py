@@ -22,7 +22,9 @@ from transformers import (AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.processing_utils import ProcessorMixin
 
-from common import metrics, mllm, mllm_policy, sampling, token_tree
+from common import metrics, mllm, token_tree
+from common.images import resize
+from common.replies import answer_logp, draw, forward, sample_replies
 from common.small_mllm import SPECIAL_TOKENS, build_tokenizer
 from conftest import load_stage, make_images
 
@@ -113,7 +115,7 @@ def stock_inputs(judge: mllm.Judge, group: list, written: str) -> dict:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     prompt = f"<|im_start|>user\n{mllm.INSTRUCTION}\n{image}\n{image}<|im_end|>\n<|im_start|>assistant\n"
     size = group[1].shape[1::-1]
-    shown = [metrics.resize(group[0], size, "bicubic") if judge.lr_view == "resized" else group[0], group[1]]
+    shown = [resize(group[0], size, "bicubic") if judge.lr_view == "resized" else group[0], group[1]]
     inputs = dict(processor(text=[prompt + written], images=shown, return_tensors="pt"))
     if judge.candidate_view == "clip":
         inputs["pixel_values"], _ = mllm.pixel_patches(judge, [group])
@@ -136,7 +138,7 @@ def test_trees_read_outs_and_samples_are_those_of_plain_rows(checkpoint, view, l
     digits = judge.digit_ids.expand(4 * 3, -1)
     with torch.no_grad():
         features, grids = mllm.image_features(judge, cohorts)
-        logp, mask, digit_logp = mllm_policy.logp(judge, features, grids, replies, digits)
+        logp, mask, digit_logp = answer_logp(judge, features, grids, replies, digits)
         scores = torch.cat([mllm.expected_scores(judge, [own[0]], [own[1:]]) for own in cohorts]).view(4, 3)
     flat = [ids for own in replies for each in own for ids in each]
     for n, group in enumerate([lr, image] for lr, *images in cohorts for image in images):
@@ -145,7 +147,7 @@ def test_trees_read_outs_and_samples_are_those_of_plain_rows(checkpoint, view, l
             places = stock_logp(judge, group, text, len(ids) + 1)[:-1]
             wanted = places.gather(1, torch.tensor(ids)[:, None])[:, 0].float()
             torch.testing.assert_close(logp[2 * n + k][mask[2 * n + k]], wanted, rtol=0, atol=1e-4)
-        for a, axis in enumerate(mllm.AXES):
+        for a, axis in enumerate(metrics.AXES):
             wanted = stock_logp(judge, group, f"<answer>{axis}: ", 1)[0, judge.digit_ids].float()
             torch.testing.assert_close(digit_logp[3 * n + a], wanted, rtol=0, atol=1e-4)
             expected = wanted.softmax(-1) @ torch.arange(1.0, 10.0)
@@ -155,12 +157,12 @@ def test_trees_read_outs_and_samples_are_those_of_plain_rows(checkpoint, view, l
     uniforms = torch.rand(2, 2, 5, generator=torch.Generator().manual_seed(1))
     pairs = [[lr, images[0]] for lr, *images in cohorts]
     with torch.no_grad():
-        sampled = sampling.sample_replies(judge, *mllm.image_features(judge, pairs), uniforms)
+        sampled = sample_replies(judge, *mllm.image_features(judge, pairs), uniforms)
     for n, group in enumerate(pairs):                       # the draw of each token, without cache, by the stock row
         text = judge.tokenizer.decode(sampled[n][1])
         if judge.encode(text) == sampled[n][1]:             # random models write what no text encodes to
             places = stock_logp(judge, group, text, len(sampled[n][1]) + 1)[:-1]
-            drawn = sampling.draw(places, uniforms[n, 1, :len(places), None])[:, 0]
+            drawn = draw(places, uniforms[n, 1, :len(places), None])[:, 0]
             assert drawn.tolist() == sampled[n][1]
     check_cache(judge, pairs, sampled, uniforms)
 
@@ -169,9 +171,9 @@ def check_cache(judge: mllm.Judge, pairs: list, sampled: list, uniforms: torch.T
     """Every sampled token is the draw from the training path's logits at its place."""
     with torch.no_grad():
         features, grids = mllm.image_features(judge, pairs)
-        _, hidden, token = mllm_policy.forward(judge, features, grids, [[own] for own in sampled])
+        _, hidden, token = forward(judge, features, grids, [[own] for own in sampled])
     numbers = torch.cat([uniforms[n, k, :len(ids)] for n, own in enumerate(sampled) for k, ids in enumerate(own)])
-    assert torch.equal(sampling.draw(mllm.policy_logits(judge, hidden), numbers[:, None])[:, 0], token)
+    assert torch.equal(draw(mllm.policy_logits(judge, hidden), numbers[:, None])[:, 0], token)
 
 
 def test_the_processor_shows_what_the_prompt_says(checkpoint):
@@ -197,7 +199,7 @@ def test_a_frozen_vision_tower_is_out_of_the_graph(checkpoint):
     lr, *images = make_images(0, 64, 64, count=2)
     features, grids = mllm.image_features(judge, [[lr, *images]])
     assert not any(f.requires_grad or f.grad_fn for f in features)
-    logp, mask, _ = mllm_policy.logp(judge, features, grids, [[[judge.encode(REPLY)]] * 2],
+    logp, mask, _ = answer_logp(judge, features, grids, [[[judge.encode(REPLY)]] * 2],
                                      judge.digit_ids.expand(6, -1))
     logp[mask].sum().backward()
     trained = {name for name, p in judge.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -214,7 +216,7 @@ def test_bfloat16_weights_give_float32_log_probabilities(checkpoint):
     replies, digits = [[[low.encode(REPLY)]] * 3], low.digit_ids.expand(9, -1)
     logps = []
     for judge in (low, high):
-        logp, mask, digit_logp = mllm_policy.logp(judge, *mllm.image_features(judge, [[lr, *images]]), replies, digits)
+        logp, mask, digit_logp = answer_logp(judge, *mllm.image_features(judge, [[lr, *images]]), replies, digits)
         assert logp.dtype == digit_logp.dtype == torch.float32
         logps.append(logp)
     logps[0][mask].sum().backward()

@@ -8,45 +8,45 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import curves, guide
+from common import report, run
 from test_readme import documented
 
 
 def test_an_estimate_is_said_once_after_a_few_items_and_only_if_there_is_time(monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(guide.time, "time", lambda: clock[0])
+    monkeypatch.setattr(run.time, "time", lambda: clock[0])
 
     def walk(count: int, seconds: float) -> str:
-        for item in guide.announce(range(count), count, "steps"):
+        for item in run.announce(range(count), count, "steps"):
             clock[0] += 100.0 if item == 0 else seconds             # the first one warms up
         return capsys.readouterr().out
 
     said = walk(50, 6.0)
     assert said == "steps: about 5 minutes more on this machine, at 6 s each of 47 (mean of 2 so far)\n"
     assert walk(50, 0.1) == "" and walk(3, 60.0) == ""
-    assert [guide.duration(s) for s in (0.2, 89, 91, 5000, 2e4)] == [
+    assert [run.duration(s) for s in (0.2, 89, 91, 5000, 2e4)] == [
         "1 seconds", "89 seconds", "2 minutes", "83 minutes", "5.6 hours"]
-    assert list(guide.announce("abc", 3, "x")) == ["a", "b", "c"]
+    assert list(run.announce("abc", 3, "x")) == ["a", "b", "c"]
 
 
 def test_curves_show_only_keys_that_the_readme_explains():
     for stem, number in (("02_train_reward", "02"), ("04_train_sr_grpo", "04")):
-        keys = {key for own in curves.PLOTS[stem].values() for key in own}
+        keys = {key for own in report.PLOTS[stem].values() for key in own}
         assert keys <= documented(number), keys - documented(number)
 
 
 def test_curves_of_a_toy_run_are_drawn(toy_run):
     with Image.open(toy_run / "02_train_reward" / "curves.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    wanted = tuple(int(curves.COLORS[0][i:i + 2], 16) for i in (1, 3, 5))
+    wanted = tuple(int(report.COLORS[0][i:i + 2], 16) for i in (1, 3, 5))
     assert (pixels == wanted).all(1).sum() > 200                        # lines, not only empty axes
 
 
 def test_running_mean_and_points_against_loops():
     values = np.random.default_rng(0).random(30)
-    for i, mean in enumerate(curves.running_mean(values, 4)):
+    for i, mean in enumerate(report.running_mean(values, 4)):
         reach = min(4, i, 29 - i)
         assert mean == pytest.approx(np.mean([values[j] for j in range(i - reach, i + reach + 1)]))
     rows = [{"step": 0, "a": 1.0}, {"step": 1, "a": None}, {"step": 2}, {"step": 3, "a": 4}]
-    assert curves.points(rows, "a").tolist() == [[0, 1], [3, 4]]
-    assert curves.points(rows, "b").shape == (0, 2)
+    assert report.points(rows, "a").tolist() == [[0, 1], [3, 4]]
+    assert report.points(rows, "b").shape == (0, 2)

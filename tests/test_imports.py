@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import data, metrics, votes
+from common import votes
 from common.config import load_config
+from common.groups import SPLITS, load_groups
+from common.images import read_image, resize, write_png
 from conftest import TOY, load_stage, run_stage
 
 SCENES = [f"{i:03d}" for i in range(8)]
@@ -22,7 +24,7 @@ HEAD = ["lr", "candidate_a", "candidate_b", "axis", "choice", "annotator"]
 
 def picture(seed, side=32):
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    return metrics.resize(small, (side, side), "bicubic")
+    return resize(small, (side, side), "bicubic")
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def pictures(tmp_path):
             (root / kind).mkdir(parents=True, exist_ok=True)
             side = 8 if kind == "lr" else 32
             seed = s if kind in ("lr", "hr") else 10 * s + ord(kind[1])
-            data.write_png(root / kind / f"{scene}.png", picture(seed, side))
+            write_png(root / kind / f"{scene}.png", picture(seed, side))
     return root
 
 
@@ -57,7 +59,7 @@ def build(tmp_path, capfd):
 def groups_of(folder):
     lines = [json.loads(line) for line in (folder / "groups.jsonl").read_text().splitlines()]
     for line in lines:                                                           # all that later stages rely on
-        assert data.load_groups(folder, line["split"])
+        assert load_groups(folder, line["split"])
         assert all(hashlib.sha256((folder / path).read_bytes()).hexdigest() == own
                    for path, own in line["sha256"].items())
     return lines
@@ -111,7 +113,7 @@ def test_votes_become_ranks_and_stay(build, pictures):
     folder, code, out, err = build(import_from=pictures / "votes.csv", import_format="csv")
     assert code == 0, err
     lines = groups_of(folder)
-    assert {line["split"] for line in lines} == set(data.SPLITS) and len(lines) == 8
+    assert {line["split"] for line in lines} == set(SPLITS) and len(lines) == 8
     for line in lines:
         assert [c["method"] for c in line["candidates"]] == ["m0", "m1", "m2", "m3"] and line["scale"] == 4
         label = line["labels"]["overall"]
@@ -193,7 +195,7 @@ def test_sriqa_layout_and_conversion(build, pictures):
     assert line["candidates"][1]["extra"] == {"file": "m1/003.png", "fields": ["0.25"]}
     written = folder / line["candidates"][1]["path"]
     assert Image.open(written).format == "PNG"
-    assert np.array_equal(data.read_image(written), data.read_image(pictures / "m1" / "003.png"))
+    assert np.array_equal(read_image(written), read_image(pictures / "m1" / "003.png"))
 
 
 def test_imagefolder_of_others(build, pictures):
@@ -271,7 +273,7 @@ def test_a_bad_candidate_leaves_what_was_copied_and_a_changed_set_is_refused(bui
     whole = bad.read_bytes()
     bad.write_bytes(whole[:200])
     refused(build(**settings), "007.png cannot be read", kept=True)
-    data.write_png(bad, picture(3, 24))
+    write_png(bad, picture(3, 24))
     refused(build(**settings), "expected all candidates (and HR) to have one size", kept=True)
     write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows()[:-4])
     refused(build(**settings), "changed since", kept=True)
@@ -279,7 +281,7 @@ def test_a_bad_candidate_leaves_what_was_copied_and_a_changed_set_is_refused(bui
     refused(build(**settings), "is not a file", kept=True)
     write_csv(pictures / "mos.csv", MOS_HEAD, mos_rows())
     bad.write_bytes(whole)
-    data.write_png(pictures / "m0" / "000.png", picture(77))
+    write_png(pictures / "m0" / "000.png", picture(77))
     copied = {path: path.stat().st_mtime_ns for path in (pictures.parent / "run").rglob("lr/*.png")}
     folder, code, _, err = build(**settings)
     assert code == 0, err
@@ -355,9 +357,9 @@ def test_stages_02_and_03_take_an_import(pictures, tmp_path):
     names = [f"{scene}{turn}" for scene in SCENES for turn in "ab"]
     for kind in ("lr", "m0", "m1", "m2", "m3"):
         for scene in SCENES:
-            image = data.read_image(pictures / kind / f"{scene}.png")
-            data.write_png(pictures / kind / f"{scene}a.png", image)
-            data.write_png(pictures / kind / f"{scene}b.png", np.ascontiguousarray(image[::-1]))
+            image = read_image(pictures / kind / f"{scene}.png")
+            write_png(pictures / kind / f"{scene}a.png", image)
+            write_png(pictures / kind / f"{scene}b.png", np.ascontiguousarray(image[::-1]))
     write_csv(pictures / "votes.csv", HEAD, vote_rows(names))
     config = tmp_path / "toy.yaml"
     config.write_text(f"run: {tmp_path / 'run'}\n{TOY}")
@@ -405,7 +407,7 @@ def test_export_refusals(build, exported, tmp_path):
     folder, code, _, err = build(export="true", hr_dir="skimage")
     assert code == 2 and "manifest.json is missing: first run" in err and not folder.exists()
     for name, change, words in (
-            ("pixel", lambda root: data.write_png(root / "test" / "lr" / "test_00000.png", picture(5, 8)),
+            ("pixel", lambda root: write_png(root / "test" / "lr" / "test_00000.png", picture(5, 8)),
              "line 1: lr/test_00000.png is not the file that was exported"),
             ("path", lambda root: replace_text(root / "test" / "metadata.jsonl", '\\"lr/test_', '\\"../lr/test_'),
              "is not the file that was exported"),
@@ -477,8 +479,8 @@ def test_datasets_library_loads_the_export(exported):
     original, out = exported
     loaded = datasets.load_dataset("imagefolder", data_dir=str(out), cache_dir=str(out.parent / "cache"))
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "validation": 1, "test": 2}
-    row, group = loaded["train"][0], data.load_groups(original, "train")[0]
+    row, group = loaded["train"][0], load_groups(original, "train")[0]
     assert json.loads(row["record"]) == group and row["ranks_overall"] == group["labels"]["overall"]["ranks"]
-    assert np.array_equal(np.array(row["lr"]), data.read_image(original / group["lr"]))
+    assert np.array_equal(np.array(row["lr"]), read_image(original / group["lr"]))
     for image, candidate in zip(row["candidates"], group["candidates"], strict=True):
-        assert np.array_equal(np.array(image), data.read_image(original / candidate["path"]))
+        assert np.array_equal(np.array(image), read_image(original / candidate["path"]))

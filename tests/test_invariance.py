@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import data, mllm
+from common import mllm
+from common.images import read_image, write_png
 from conftest import ROOT, build_judge, make_images
 
 TOLERANCE = 1e-5                        # of a score in 1..9, float32
@@ -76,9 +77,9 @@ def test_in_bfloat16_a_score_moves_by_no_more_than_the_stated_tolerance():
 def test_the_same_file_twice_has_the_same_score(tmp_path):
     judge, _ = build_judge()
     lr, image, *_ = make_images(2)
-    data.write_png(tmp_path / "a.png", image)
-    data.write_png(tmp_path / "b.png", image)
-    first, second = (data.read_image(tmp_path / name) for name in ("a.png", "b.png"))
+    write_png(tmp_path / "a.png", image)
+    write_png(tmp_path / "b.png", image)
+    first, second = (read_image(tmp_path / name) for name in ("a.png", "b.png"))
     found = mllm.expected_scores(judge, [lr], [[first, second]])[0]
     assert torch.equal(score(judge, [[lr, first]]), score(judge, [[lr, second]]))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=TOLERANCE)

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # processes start this file, see the end
-from common import checkpoints, dist, rewards, sharding, training
-from common.cohorts import Cohort, evaluate, mine, pick
-from common.mllm_policy import sample
+from common import checkpoints, dist, grpo, sharding, training
+from common.cohorts import evaluate
+from common.dist import mine
+from common.groups import Cohort, pick
+from common.replies import sample_answers
 from common.reward_grpo import score
 from common.supervised import supervised_step
 from conftest import build_judge, load_stage, make_images
@@ -59,7 +61,7 @@ class Trainee:
     def answers(self) -> dict[str, tuple]:
         """Of this rank's LR images: digits, tokens of replies, rewards."""
         with sharding.gathered(self.judge):
-            answers = sample(self.judge, self.cfg, mine(self.cohorts[:3]), 0, {"c0", "c2"})
+            answers = sample_answers(self.judge, self.cfg, mine(self.cohorts[:3]), 0, {"c0", "c2"})
         for item in answers:
             score(self.judge, self.cfg, item)
         return {a.cohort.id: (a.digits, a.replies, a.digit_rewards, a.reply_rewards) for a in answers}
@@ -203,7 +205,7 @@ def test_the_third_bad_step_in_a_row_ends_the_run_and_names_the_last_checkpoint(
         bad = training.count_bad(bad, trainee.supervise(step, cohorts), tmp_path, step)
     assert bad == 2 and training.count_bad(bad, trainee.supervise(2), tmp_path, 2) == 0     # a good one between
     assert "step 1: the update was skipped: 1 nonfinite_losses, grad_norm nan" in capsys.readouterr().out
-    for folder, named in ((tmp_path, "none yet"), (one[0] / "one", checkpoints.checkpoints(one[0] / "one")[-1])):
+    for folder, named in ((tmp_path, "none yet"), (one[0] / "one", checkpoints.list_checkpoints(one[0] / "one")[-1])):
         with pytest.raises(SystemExit):
             training.count_bad(2, trainee.supervise(3, cohorts), folder, 3)
         assert "three steps in a row without a usable update (1 nonfinite_losses, grad_norm nan); last good " \
@@ -219,14 +221,14 @@ def test_a_checkpoint_without_averaged_weights_is_refused_with_one_line(tmp_path
 
 
 def test_a_reward_that_is_not_finite_changes_nothing(monkeypatch):
-    trainee, right = Trainee(), rewards.thurstone
+    trainee, right = Trainee(), grpo.thurstone
     before = trainee.weights()
 
     def wrong(scores, ranks, floor):
         found = right(scores, ranks, floor)
         return torch.where(torch.arange(found.shape[-1]) == 1, torch.inf, found)
 
-    monkeypatch.setattr(rewards, "thurstone", wrong)
+    monkeypatch.setattr(grpo, "thurstone", wrong)
     row = trainee.grpo(0)
     assert row["nonfinite_rewards"] > 0 == row["nonfinite_losses"] and row["skipped_updates"] == 2
     assert all(torch.equal(value, before[name]) for name, value in trainee.weights().items())

@@ -11,14 +11,15 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
 from common import metrics
+from common.images import resize, to_float, to_uint8
 
 rng = np.random.default_rng(0)
-IMAGE = metrics.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64), "bicubic")
-LR = metrics.to_uint8(metrics.down(IMAGE, 4))
+IMAGE = resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64), "bicubic")
+LR = to_uint8(metrics.down(IMAGE, 4))
 
 
 def noisy(sigma, image=IMAGE, seed=1):
-    return metrics.to_uint8(image / 255 + sigma * np.random.default_rng(seed).standard_normal(image.shape))
+    return to_uint8(image / 255 + sigma * np.random.default_rng(seed).standard_normal(image.shape))
 
 
 def test_psnr_and_ssim():
@@ -41,19 +42,19 @@ def test_down_and_lr_psnr():
 
 
 def test_resize():
-    assert metrics.resize(IMAGE, (20, 30), "lanczos").shape == (30, 20, 3)
-    whole = metrics.resize(IMAGE, (16, 16), "bicubic")
-    parts = metrics.resize(IMAGE / 255, (16, 16), "bicubic")
+    assert resize(IMAGE, (20, 30), "lanczos").shape == (30, 20, 3)
+    whole = resize(IMAGE, (16, 16), "bicubic")
+    parts = resize(IMAGE / 255, (16, 16), "bicubic")
     assert whole.dtype == np.uint8 and parts.dtype == np.float32
     assert np.abs(whole - parts * 255).max() < 1.5
-    assert np.allclose(metrics.resize(IMAGE / 255, (16, 16), "area"), metrics.down(IMAGE, 4), atol=1e-6)
-    assert np.array_equal(metrics.resize(LR, (64, 64), "nearest"), np.repeat(np.repeat(LR, 4, 0), 4, 1))
+    assert np.allclose(resize(IMAGE / 255, (16, 16), "area"), metrics.down(IMAGE, 4), atol=1e-6)
+    assert np.array_equal(resize(LR, (64, 64), "nearest"), np.repeat(np.repeat(LR, 4, 0), 4, 1))
 
 
 def test_uint8_and_back():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    assert np.array_equal(metrics.to_uint8(metrics.to_float(values)), values)
-    assert metrics.to_uint8(np.array([-1.0, 2.0])).tolist() == [0, 255]
+    assert np.array_equal(to_uint8(to_float(values)), values)
+    assert to_uint8(np.array([-1.0, 2.0])).tolist() == [0, 255]
 
 
 def test_srcc_is_scipys_and_nan_for_constants():
@@ -131,7 +132,7 @@ def test_proxy_naturalness():
     assert metrics.proxy_naturalness(bright + 20, bright) == pytest.approx(1)   # a change of light is no fault
     texture = noisy(0.1, np.full_like(IMAGE, 128), seed=1)
     other = noisy(0.1, np.full_like(IMAGE, 128), seed=2)                      # as much texture, other pixels
-    smooth = metrics.resize(metrics.resize(texture, (32, 32), "area"), (64, 64), "bicubic")
+    smooth = resize(resize(texture, (32, 32), "area"), (64, 64), "bicubic")
     assert metrics.proxy_naturalness(other, texture) > 0.75 > metrics.proxy_naturalness(smooth, texture)
     blocks = np.repeat(np.repeat(LR, 4, 0), 4, 1)                             # same content, in squares
     assert metrics.proxy_naturalness(blocks, IMAGE) < 0.75

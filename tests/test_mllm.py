@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import candidates, mllm, mllm_policy, run, sampling, token_tree
-from common.mllm import AXES, Judge
+from common import candidates, mllm, run, token_tree
+from common.metrics import AXES
+from common.mllm import Judge
+from common.replies import answer_logp, draw, sample_replies
 from conftest import build_judge, make_images
 
 GOOD = "<thinking>close; fair</thinking><answer>consistency: 7, naturalness: 4, overall: 5</answer>"
@@ -212,7 +214,7 @@ def features_of(judge: Judge, groups: list[list]) -> tuple[list, torch.Tensor]:
 
 def test_sampled_replies_equal_a_slow_loop_without_cache(judge, written):
     _, prompts, uniforms, slow = written
-    replies = sampling.sample_replies(judge, *features_of(judge, prompts), uniforms)
+    replies = sample_replies(judge, *features_of(judge, prompts), uniforms)
     assert replies == [[ids for ids, _ in own] for own in slow]
     assert len(replies[0][0]) == 4 and replies[0][0][-1] == judge.end_id and len(replies[1][1]) == 8
 
@@ -222,9 +224,9 @@ def test_a_reply_depends_on_its_own_uniforms_alone(judge, written):
     for n, group in enumerate(prompts):
         features = features_of(judge, [group])
         for k in range(2):
-            alone = sampling.sample_replies(judge, *features, uniforms[n:n + 1, k:k + 1])
+            alone = sample_replies(judge, *features, uniforms[n:n + 1, k:k + 1])
             assert alone == [[slow[n][k][0]]]
-        many = sampling.sample_replies(judge, *features, uniforms[n:n + 1, [1, 0, 1, 1]])
+        many = sample_replies(judge, *features, uniforms[n:n + 1, [1, 0, 1, 1]])
         assert many == [[slow[n][k][0] for k in (1, 0, 1, 1)]]
 
 
@@ -235,7 +237,7 @@ def test_log_probabilities_in_training_are_those_of_the_writer(judge, written):
     digits[torch.isin(digits, judge.banned_ids)] = judge.end_id
     with torch.no_grad():
         features = features_of(judge, cohorts)
-        logp, mask, digit_logp = mllm_policy.logp(judge, *features, replies, digits)
+        logp, mask, digit_logp = answer_logp(judge, *features, replies, digits)
     assert mask.sum(1).tolist() == [len(ids) for own in slow for ids, _ in own]
     wanted = torch.tensor([value for own in slow for _, values in own for value in values])
     torch.testing.assert_close(logp[mask], wanted, rtol=0, atol=1e-4)
@@ -251,11 +253,11 @@ def test_image_tokens_are_never_written(judge):
     logits = mllm.policy_logits(judge, 100 * torch.randn(50, 32, generator=torch.Generator().manual_seed(0)))
     assert logits[:, judge.banned_ids].isneginf().all() and logits.dtype == torch.float32
     ends = torch.tensor([0.0, 1 - 2**-24]).expand(50, 2)            # the least and the greatest of torch.rand
-    assert not torch.isin(sampling.draw(logits, ends), judge.banned_ids).any()
+    assert not torch.isin(draw(logits, ends), judge.banned_ids).any()
     first_and_last = torch.full((1, 9), -torch.inf).index_fill(1, torch.tensor([3, 5]), 0.0)
-    assert sampling.draw(first_and_last, ends[:1]).tolist() == [[3, 5]]
+    assert draw(first_and_last, ends[:1]).tolist() == [[3, 5]]
     uniforms = torch.rand(1, 20000, generator=torch.Generator().manual_seed(1))
-    drawn = sampling.draw(torch.tensor([[0.1, 0.2, 0.7]]).log(), uniforms)[0]
+    drawn = draw(torch.tensor([[0.1, 0.2, 0.7]]).log(), uniforms)[0]
     shares = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), rtol=0, atol=0.01)
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 
-from common import data, metrics, mllm, mllm_labels
+from common import mllm, mllm_labels
 from common.config import load_config
+from common.groups import SPLITS, group_images, load_groups
+from common.images import resize, write_png
 from common.small_mllm import build_tokenizer
 from conftest import build_judge, load_stage, make_images
 from test_families import save_random
@@ -58,7 +60,7 @@ def test_a_tie_is_no_answer(model, toy_group):
         head = asker.model.lm_head.weight
         head[asker.letters[0]] = head[asker.letters[1]]
     lr, *images = make_images(1)
-    said = mllm_labels.both_orders(asker, metrics.resize(lr, (32, 32), "bicubic"), images, 4)
+    said = mllm_labels.both_orders(asker, resize(lr, (32, 32), "bicubic"), images, 4)
     assert said.shape == (3, 3, 2) and (said == 0.5).all()
     for found in mllm_labels.ask_group(asker, folder, group, 4).values():
         assert found["votes"] == [] and found["first"] == found["asked"] / 2
@@ -69,7 +71,7 @@ def toy_group(tmp_path) -> tuple:
     """(folder, group) of one LR image with three candidates."""
     paths = ["lr.png", "0.png", "1.png", "2.png"]
     for path, image in zip(paths, make_images(1), strict=True):
-        data.write_png(tmp_path / path, image)
+        write_png(tmp_path / path, image)
     return tmp_path, {"lr": paths[0], "hr": None, "candidates": [{"path": path} for path in paths[1:]]}
 
 
@@ -83,11 +85,11 @@ def test_only_consistent_answers_become_votes(monkeypatch, tmp_path):
     monkeypatch.setattr(mllm_labels, "find", lambda source: None)
     monkeypatch.setattr(mllm_labels, "load", lambda source, device: None)
     folder = build(tmp_path, label="mllm", label_model="fake", lr_dir=None)
-    for split in data.SPLITS:
-        for group in data.load_groups(folder, split):
+    for split in SPLITS:
+        for group in load_groups(folder, split):
             assert set(group["labels"]) == {"consistency"}
             label = group["labels"]["consistency"]
-            light = [image.mean() for image in data.group_images(folder, group)[1]]
+            light = [image.mean() for image in group_images(folder, group)[1]]
             assert label["source"] == "mllm" and np.array_equal(np.argsort(label["ranks"]), np.argsort(light)[::-1])
             assert len(label["votes"]) == 3 and label["votes"][0]["annotator"] == "fake"
     found = json.loads((folder / "quality.json").read_text())
@@ -132,7 +134,7 @@ def test_a_qwen3_vl_is_fed_the_tokens_that_its_own_vision_tower_makes(tmp_path):
     save_random(tmp_path, "qwen3_vl", build_tokenizer())
     asker = mllm_labels.load(str(tmp_path), torch.device("cpu"))
     lr, *images = make_images(1, 64, 64, count=3)
-    triples = [[metrics.resize(lr, (64, 64), "bicubic"), images[i], images[j]] for i, j in ((0, 1), (1, 2), (2, 0))]
+    triples = [[resize(lr, (64, 64), "bicubic"), images[i], images[j]] for i, j in ((0, 1), (1, 2), (2, 0))]
     first = mllm_labels.answers(asker, triples, mllm_labels.QUESTIONS["overall"], 1)
     assert np.array_equal(first, mllm_labels.answers(asker, triples, mllm_labels.QUESTIONS["overall"], 3))
 

@@ -10,11 +10,10 @@ import shutil
 import numpy as np
 import pytest
 
-from common import data, labels, mllm, mllm_labels, pair_mode
-from common.cohorts import load_cohorts
+from common import mllm, mllm_labels, pair_mode
 from common.config import load_config
-from common.data import AXES
-from common.labels import Labels
+from common.groups import Labels, has_method, load_cohorts, load_groups
+from common.metrics import AXES
 from conftest import build_judge, load_stage, make_images, run_stage
 
 
@@ -66,7 +65,7 @@ def test_candidates_of_a_held_out_method_are_no_part_of_training(toy_run):
     for cohort in load_cohorts(source, "val", held_out=names)[0]:           # shown, and not counted
         hidden = [bool({"warp", "noise"} & set(method.split("+"))) for method in cohort.methods]
         assert np.array_equal(np.isnan(cohort.ranks).all(1), hidden)
-    assert labels.has_method({"method": "warp+blur"}, ["blur"]) and not labels.has_method({"method": "warp"}, ["war"])
+    assert has_method({"method": "warp+blur"}, ["blur"]) and not has_method({"method": "warp"}, ["war"])
 
 
 def test_held_out_methods_are_tested_and_another_model_is_asked_in_pairs(toy_run, toy_config, tmp_path, capsys):
@@ -81,10 +80,10 @@ def test_held_out_methods_are_tested_and_another_model_is_asked_in_pairs(toy_run
     stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), *more]))
     folder = tmp_path / "run" / "03_eval_reward"
     results = json.loads((folder / "results.json").read_text())
-    groups = data.load_groups(tmp_path / "run" / "01_build_dataset", "test")
+    groups = load_groups(tmp_path / "run" / "01_build_dataset", "test")
     pairs = 0
     for group in groups:
-        ranks, held = group["labels"]["overall"]["ranks"], [labels.has_method(c, ["warp", "noise"])
+        ranks, held = group["labels"]["overall"]["ranks"], [has_method(c, ["warp", "noise"])
                                                             for c in group["candidates"]]
         pairs += sum((held[i] or held[j]) and ranks[i] != ranks[j]
                      for i, j in itertools.combinations(range(len(ranks)), 2))

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from common import dist, mllm, mllm_policy, prefix_check, reward_grpo, sampling, token_tree, tree_attention
-from common.cohorts import Cohort, scores_of
+from common import dist, mllm, prefix_check, replies, reward_grpo, token_tree
+from common.cohorts import scores_of
+from common.groups import Cohort
+from common.replies import answer_logp, learning_mode, sample_answers, sample_replies, token_logp
 from common.small_mllm import build_tokenizer
 from conftest import build_judge, load_stage, make_images
 from test_families import CPU, load, save_random, stock_inputs
@@ -48,8 +50,8 @@ def test_likely_replies_are_those_of_greedy_generate(judge, monkeypatch):
     cohorts = [cohort_of(0, 2), cohort_of(1, 3)]
     groups = [[c.lr, *c.images] for c in cohorts]
     policy_logits = mllm.policy_logits
-    monkeypatch.setattr("common.sampling.policy_logits", lambda *given: 1e5 * policy_logits(*given))
-    ours = sampling.sample_replies(judge, *mllm.image_features(judge, groups), torch.rand(5, 2, 12), [2, 3])
+    monkeypatch.setattr("common.replies.policy_logits", lambda *given: 1e5 * policy_logits(*given))
+    ours = sample_replies(judge, *mllm.image_features(judge, groups), torch.rand(5, 2, 12), [2, 3])
     plain = [plain_generate(judge, [c.lr, image], 12)[0] for c in cohorts for image in c.images]
     assert ours == [[ids, ids] for ids in plain]
     assert len({tuple(ids) for ids in plain}) > 1
@@ -69,8 +71,8 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monk
     with torch.no_grad():
         judge.net.lm_head.weight[judge.end_id] *= 3                     # so that replies end, at different tokens
     try:
-        ours = sampling.sample_replies(judge, features, grids, uniforms, [2, 3, 1])
-        plain = sampling.sample_replies(replace(judge, plain_rows=True), features, grids, uniforms, [2, 3, 1])
+        ours = sample_replies(judge, features, grids, uniforms, [2, 3, 1])
+        plain = sample_replies(replace(judge, plain_rows=True), features, grids, uniforms, [2, 3, 1])
     finally:
         with torch.no_grad():
             judge.net.lm_head.weight[judge.end_id] /= 3
@@ -82,13 +84,13 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monk
 def test_replies_that_have_ended_are_not_computed(monkeypatch):
     judge, _ = build_judge()
     policy_logits, end = mllm.policy_logits, torch.arange(judge.net.lm_head.out_features) == judge.end_id
-    monkeypatch.setattr("common.sampling.policy_logits", lambda *given: policy_logits(*given) / 10 + 4 * end)
+    monkeypatch.setattr("common.replies.policy_logits", lambda *given: policy_logits(*given) / 10 + 4 * end)
     seen, forward = [], judge.net.model.forward
     monkeypatch.setattr(judge.net.model, "forward", lambda **given: (seen.append(given["input_ids"].shape),
                                                                      forward(**given))[1])
     cohorts = [cohort_of(0, 2), cohort_of(2, 1)]
     features = mllm.image_features(judge, [[c.lr, *c.images] for c in cohorts])
-    replies = sampling.sample_replies(judge, *features, torch.rand(
+    replies = sample_replies(judge, *features, torch.rand(
         3, 6, 30, generator=torch.Generator().manual_seed(0)), [2, 1])
     rows = [replies[0] + replies[1], replies[2]]
     lengths = [[len(ids) for ids in own] for own in rows]
@@ -119,7 +121,7 @@ def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, mo
     digits = judge.digit_ids.expand(5 * 3, -1)
     found = []
     for own in (judge, replace(judge, plain_rows=True)):
-        logp, mask, direct = mllm_policy.logp(own, *mllm.image_features(
+        logp, mask, direct = answer_logp(own, *mllm.image_features(
             own, [[c.lr, *c.images] for c in cohorts]), replies, digits)
         loss = logp[mask].mean() + direct.mean()
         found.append((loss.detach(), gradients_of(own, loss)))
@@ -141,7 +143,7 @@ def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tm
         cfg = stage.Config(run="", lora_rank=4 * lora, gradient_checkpointing=checkpointing)
         own = replace(stage.trainable_judge(cfg, load(tmp_path), lora=lora), long=long)
         sizes = [0]
-        mllm_policy.learning_mode(own)
+        learning_mode(own)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
             found.append(prefix_check.loss_and_gradients(own, cohort_of(0, 2)))
         held.append(sum(sizes))
@@ -169,10 +171,10 @@ def test_log_probabilities_in_chunks_are_the_same_and_hold_no_logits(judge, monk
     tokens = judge.digit_ids[torch.arange(n * 2).view(n, 2) % 9]
     found, held = [], []
     for limit in (2**24, 7 * vocabulary):
-        monkeypatch.setattr(mllm_policy, "CHUNK_LOGITS", limit)
+        monkeypatch.setattr(replies, "CHUNK_LOGITS", limit)
         sizes = [0]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            logp = mllm_policy.token_logp(judge, hidden, tokens)
+            logp = token_logp(judge, hidden, tokens)
         found.append((logp, *torch.autograd.grad(logp.square().sum(), hidden)))
         held.append(max(sizes))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
@@ -209,9 +211,9 @@ def test_a_model_on_which_they_do_not_hold_goes_on_with_plain_rows_and_says_so(m
             branch.mask = torch.ones_like(branch.mask)
         return found
 
-    branches = tree_attention.branches
+    branches = token_tree.branches
     if broken == "long rows":
-        monkeypatch.setattr(tree_attention, "branches", wrong_branches)
+        monkeypatch.setattr(token_tree, "branches", wrong_branches)
     if broken == "on another rank":
         monkeypatch.setattr(dist, "gather_rows", lambda own: torch.cat([own, torch.full_like(own, torch.nan)]))
     monkeypatch.setattr(token_tree, "collate", wrong)
@@ -233,7 +235,7 @@ def test_a_frozen_tower_sees_each_image_of_a_step_once(judge, monkeypatch, lora_
     monkeypatch.setattr(judge.net, "get_image_features", lambda pixels, grids, **rest: (
         seen.append(len(grids)), look(pixels, grids, **rest))[1])
     cohorts = [cohort_of(0, 3), cohort_of(2, 3)]
-    answers = mllm_policy.sample(judge, cfg, cohorts, 0, {"c0"})
+    answers = sample_answers(judge, cfg, cohorts, 0, {"c0"})
     for item in answers:
         reward_grpo.score(judge, cfg, item)
     reward_grpo.advantages(judge, cfg, answers)

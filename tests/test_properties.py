@@ -15,8 +15,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common import config, data, degrade, mllm, strict_yaml
-from common.config import load_config, save_config
+from common import degrade, metrics, mllm
+from common.config import load_config, load_yaml, read_yaml, save_config
+from common.groups import load_groups
+from common.images import read_image
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -47,7 +49,7 @@ def test_what_is_composed_is_parsed(targets, method):
     known = np.nanmean(targets)
     wanted = [int(np.clip(np.round(known if np.isnan(t) else t), 1, 9)) for t in targets]
     assert reply.endswith("<|im_end|>")
-    assert mllm.parse_reply(reply.removesuffix("<|im_end|>")) == dict(zip(mllm.AXES, wanted))
+    assert mllm.parse_reply(reply.removesuffix("<|im_end|>")) == dict(zip(metrics.AXES, wanted))
 
 
 TAGS = ["<thinking>", "</thinking>", "<answer>", "</answer>", "consistency: ", "naturalness: ", "overall: ", ", ", "7",
@@ -60,7 +62,7 @@ TAGS = ["<thinking>", "</thinking>", "<answer>", "</answer>", "consistency: ", "
 def test_any_text_has_three_scores_of_its_own_or_none(text):
     found = mllm.parse_reply(text)
     if found is not None:                                   # never a default: the digits are in the text, in order
-        assert list(found) == list(mllm.AXES) and all(1 <= score <= 9 for score in found.values())
+        assert list(found) == list(metrics.AXES) and all(1 <= score <= 9 for score in found.values())
         answer = text[text.rindex("<answer>"):]
         assert [int(digit) for digit in re.findall("[0-9]", answer)] == list(found.values())
         assert text.count("<answer>") == text.count("<thinking>") == 1
@@ -126,7 +128,7 @@ def test_any_yaml_is_read_or_refused_in_one_line(tmp_path, capsys, content):
     except SystemExit as stop:
         assert stop.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
     else:                                                   # nothing was ignored
-        told = {key: value for _, key, value in config.read_yaml(str(path), "02_train_reward")}
+        told = {key: value for _, key, value in read_yaml(str(path), "02_train_reward")}
         assert told.keys() <= vars(cfg).keys() and "run" in told
 
 
@@ -136,7 +138,7 @@ def test_the_strict_reader_reads_what_the_library_reads(tmp_path, tree):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     try:
-        found = strict_yaml.load(str(path))
+        found = load_yaml(str(path))
     except ValueError as error:                             # an equal part that safe_dump writes once and refers to
         assert "alias" in str(error)
     else:
@@ -169,7 +171,7 @@ def test_any_line_of_groups_is_refused_in_one_line(tmp_path, capsys, line):
     Path(tmp_path, "groups.jsonl").write_bytes(line + b"\n")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        data.load_groups(tmp_path, "train")
+        load_groups(tmp_path, "train")
     assert stop.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
@@ -179,7 +181,7 @@ def test_any_line_of_groups_is_refused_in_one_line(tmp_path, capsys, line):
 def test_any_bytes_are_a_picture_or_refused(tmp_path, content, magic):
     (tmp_path / "a.png").write_bytes(magic + content)
     try:
-        image = data.read_image(tmp_path / "a.png")
+        image = read_image(tmp_path / "a.png")
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
     else:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import data, duplicates, labels, metrics, photos, quality
+from common import duplicates, photos, quality
 from common.config import load_config
+from common.groups import label_arrays, method_prior
+from common.images import read_image, resize, write_png
 from conftest import load_stage
 
 
 def photograph(seed, side=192):
     rng = np.random.default_rng(seed)
-    coarse = metrics.resize(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8), (side, side), "bicubic").astype(float)
+    coarse = resize(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8), (side, side), "bicubic").astype(float)
     return (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
 
 
@@ -28,7 +30,7 @@ def jpeg(image, quality_):
 
 
 VARIANTS = {
-    "another size": lambda x: metrics.resize(x, (77, 77), "bicubic"), "JPEG": lambda x: jpeg(x, 20),
+    "another size": lambda x: resize(x, (77, 77), "bicubic"), "JPEG": lambda x: jpeg(x, 20),
     "brighter": lambda x: (x * 0.7 + 60).astype(np.uint8), "mirrored": lambda x: x[:, ::-1],
     "moved by 2 %": lambda x: np.roll(x, 4, axis=(0, 1)),
     "gray": lambda x: np.repeat(photos.luma(x)[..., None], 3, 2).astype(np.uint8)}
@@ -45,7 +47,7 @@ def test_near_duplicates_are_found(kind):
 
 def test_other_photographs_are_not_near():
     found = photos.find("skimage", "hr_dir")
-    pictures = [{"source": source, "hash": duplicates.dct_hash(data.read_image(path))} for source, path in found]
+    pictures = [{"source": source, "hash": duplicates.dct_hash(read_image(path))} for source, path in found]
     assert duplicates.near_pairs(pictures) == []                        # the two motorcycle pictures are one source
 
 
@@ -104,7 +106,7 @@ def test_method_prior_by_hand():
     train = [group("train", "s", [1, 2, 3], scores=[0.9, 0.5, 0.1]),
              group("train", "t", [1, 3, 2], scores=[0.7, 0.3, 0.4])]
     test = [group("test", "u", [1, 2, 3], methods=("a", "c", "new"))]
-    guess = labels.method_prior(test, train, labels.label_arrays(train))
+    guess = method_prior(test, train, label_arrays(train))
     assert np.allclose(guess[0, :, 2], [0.8, 0.25, (0.8 + 0.4 + 0.25) / 3]) and np.isnan(guess[..., 0]).all()
 
 
@@ -112,9 +114,9 @@ def test_burst_photographs_stay_and_quality_json_says_so(tmp_path, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(5):
-        data.write_png(pictures / f"p{i}.png", photograph(i))
+        write_png(pictures / f"p{i}.png", photograph(i))
     for i, kind in enumerate(("moved by 2 %", "brighter")):
-        data.write_png(pictures / f"p3_burst{i}.png", VARIANTS[kind](photograph(3)))
+        write_png(pictures / f"p3_burst{i}.png", VARIANTS[kind](photograph(3)))
     values = {"hr_dir": str(pictures), "hr_size": 32, "train_groups": 12, "val_groups": 3, "test_groups": 3,
               "degradation": "mild", "val_fraction": 0.2, "test_fraction": 0.2, "workers": 1,
               "max_source_share": 1.0}

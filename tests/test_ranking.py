@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import data, metrics, mllm, sr_folders, sr_judging
+from common import metrics, mllm, sr_folders, sr_judging
 from common.config import load_config
+from common.images import read_image, resize, write_png
 from common.sr_folders import BICUBIC
 from conftest import load_stage, make_images, run_stage
 
@@ -30,9 +31,9 @@ def folders(tmp_path) -> dict[str, Path]:
         lr, soft, sharp, _ = make_images(i, height, width)
         for folder, image in zip(found.values(), (lr, soft, sharp)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            data.write_png(folder / f"{name}.png", image)
-    lr = data.read_image(found["lr"] / "c.png")
-    data.write_png(found["sharp"] / "c.png", metrics.resize(lr, (48, 32), "lanczos"))        # scale 2
+            write_png(folder / f"{name}.png", image)
+    lr = read_image(found["lr"] / "c.png")
+    write_png(found["sharp"] / "c.png", resize(lr, (48, 32), "lanczos"))        # scale 2
     return found
 
 
@@ -49,8 +50,8 @@ def rank(argv: list[str]) -> None:
 def test_what_a_ranking_leaves_behind(toy_run, toy_config, folders, tmp_path):
     (folders["lr"] / "e.png").write_bytes(b"no picture")
     for key in ("soft", "sharp"):
-        data.write_png(folders[key] / "e.png", make_images(0)[1])
-    data.write_png(folders["soft"] / "f.png", make_images(0)[1])                 # no LR image of this name
+        write_png(folders[key] / "e.png", make_images(0)[1])
+    write_png(folders["soft"] / "f.png", make_images(0)[1])                 # no LR image of this name
     rank(arguments(toy_run, toy_config, folders, tmp_path))
     out = tmp_path / "out"
     results, page = json.loads((out / "results.json").read_text()), (out / "report.html").read_text()
@@ -76,16 +77,16 @@ def test_what_a_ranking_leaves_behind(toy_run, toy_config, folders, tmp_path):
         pick = (max if example["kind"] == "best" else min)(own, key=lambda line: line["overall"])
         assert pick["image"] == example["image"] and len(example["replies"]) == 2
     assert '="http' not in page and page.count("<h2>") == 5 and "soft" in page
-    assert min(data.read_image(out / "contact_sheet.png").shape[:2]) > 300
+    assert min(read_image(out / "contact_sheet.png").shape[:2]) > 300
     assert "scale here: 2, 4" in " ".join(results["notes"])
     manifest = json.loads((out / "manifest.json").read_text())["results"]
     assert manifest["lr_images"] == 4 and manifest["ranking"] == [row["method"] for row in results["ranking"]]
     judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
-    lr, image = (data.read_image(folders[key] / "c.png") for key in ("lr", "soft"))
+    lr, image = (read_image(folders[key] / "c.png") for key in ("lr", "soft"))
     parts = [(lr[y:y + 8, x:x + 8], image[4 * y:4 * y + 32, 4 * x:4 * x + 32]) for y in (0, 8) for x in (0, 8, 16)]
     slow = np.mean([mllm.expected_scores(judge, [a], [[b]])[0, 0].numpy() for a, b in parts], axis=0)
     line = next(line for line in lines if line["image"] == "c" and line["method"] == "soft")
-    assert line["crops"] == 6 and [line[axis] for axis in data.AXES] == pytest.approx(slow.tolist(), abs=2e-4)
+    assert line["crops"] == 6 and [line[axis] for axis in metrics.AXES] == pytest.approx(slow.tolist(), abs=2e-4)
 
 
 def test_two_processes_rank_as_one_does(toy_run, toy_config, folders, tmp_path):
@@ -147,7 +148,7 @@ def test_scores_are_calibrated_and_a_finished_plain_run_of_03_says_how_good_the_
 
 
 def write_small(path: Path) -> None:
-    data.write_png(path, make_images(0)[1][:30, :30])
+    write_png(path, make_images(0)[1][:30, :30])
 
 
 @pytest.mark.parametrize("spoil, more, message", [

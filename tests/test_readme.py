@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import calibration, config, data, metrics, mllm, run
+from common import calibration, metrics, mllm, run
+from common.config import STAGES, load_config
+from common.images import write_png
 from conftest import ROOT, load_stage, make_images, run_stage
 
 README = (ROOT / "README.md").read_text()
@@ -55,7 +57,7 @@ def commands() -> list[list[str]]:
         for part in re.split(r"&&|\|\||;", line.split("  #")[0]):
             own = shlex.split(part.removeprefix(" do "))
             looped = own[:2] == ["python", "$s"]
-            found += [["python", f"{stem}.py", *own[2:]] for stem in config.STAGES] if looped else [own]
+            found += [["python", f"{stem}.py", *own[2:]] for stem in STAGES] if looped else [own]
     return [command for command in found if command]
 
 
@@ -63,7 +65,7 @@ def test_the_two_commands_are_there():
     install = "pip install -r requirements.txt && "
     assert install + 'for s in 0[1-5]_*.py; do python "$s" configs/demo.yaml || break; done\n' in README
     assert install + "python -m pytest tests\n" in README
-    assert [path.stem for path in sorted(ROOT.glob("0[1-5]_*.py"))] == list(config.STAGES)
+    assert [path.stem for path in sorted(ROOT.glob("0[1-5]_*.py"))] == list(STAGES)
     assert install + "python -m pytest tests\n" in (ROOT / ".ci/run").read_text()
 
 
@@ -85,7 +87,7 @@ def test_commands_name_scripts_configs_and_settings_that_exist():
             if argv != ["--help"]:
                 argv[0] = str(ROOT / argv[0])
                 stage = load_stage(script[:2])
-                config.load_config(stage.Config, stage.__file__, argv)          # stops the test if it does not parse
+                load_config(stage.Config, stage.__file__, argv)          # stops the test if it does not parse
         elif program == "pip":
             assert arguments == ["install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").is_file()
         elif program == "diff":
@@ -94,12 +96,12 @@ def test_commands_name_scripts_configs_and_settings_that_exist():
             known = (["python", "-m", "pytest", "tests"], ["python", "-m", "venv", ".venv"],
                      ["source", ".venv/bin/activate"], ["for", "s", "in", "0[1-5]_*.py"], ["break"], ["done"])
             assert command in known, command
-    assert stages == {f"{stem}.py" for stem in config.STAGES}
+    assert stages == {f"{stem}.py" for stem in STAGES}
 
 
 @pytest.mark.parametrize("name", sorted({text for text in inline() if re.fullmatch(FILE, text)}))
 def test_a_file_that_is_mentioned_exists_or_is_an_output_that_a_stage_documents(name):
-    outputs = {stem: f"{inspect.getdoc(load_stage(stem[:2]))}\n{run.__doc__}" for stem in config.STAGES}
+    outputs = {stem: f"{inspect.getdoc(load_stage(stem[:2]))}\n{run.__doc__}" for stem in STAGES}
     if name.startswith("runs/"):
         _, _, stem, first, *_ = name.split("/")
         assert re.search(rf"(?<![\w/]){re.escape(first)}(?!\w)", outputs[stem]), f"{stem} does not write {first}"
@@ -131,8 +133,8 @@ def test_the_judge_loads_and_scores_with_transformers_and_peft_alone(toy_run, tm
     code, = (block for block in blocks("python") if "PeftModel" in block)
     assert "common" not in code
     lr, sr, *_ = make_images(5, 32, 48)
-    data.write_png(tmp_path / "lr.png", lr)
-    data.write_png(tmp_path / "sr.png", sr)
+    write_png(tmp_path / "lr.png", lr)
+    write_png(tmp_path / "sr.png", sr)
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(code.replace("runs/demo/02_train_reward", str(toy_run / "02_train_reward")), scope)
@@ -176,7 +178,7 @@ def test_every_key_of_04_is_explained(toy_run, toy_config, tmp_path):
 
 def test_settings_that_are_mentioned_exist():
     fields = {stem[:2]: {field.name for field in dataclasses.fields(load_stage(stem[:2]).Config)}
-              for stem in config.STAGES}
+              for stem in STAGES}
     for number, memory, result in table("| stage | memory or speed only |"):
         assert words(memory) and set(words(memory + result)) <= fields[number], number
     for text in inline():

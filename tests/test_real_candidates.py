@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from common import data, metrics
+from common import metrics
+from common.groups import SPLITS, group_images, load_groups
+from common.images import read_image, resize
 from conftest import ROOT, run_stage
 from real_networks import fetch
 
@@ -48,28 +50,28 @@ def test_the_first_run_stops_and_says_what_it_lacks(built):
 def test_candidates_are_the_networks_pixels_and_match_their_lr(built):
     folder, _ = built
     root = folder / "run" / "01_build_dataset"
-    groups = [group for split in data.SPLITS for group in data.load_groups(root, split)]
+    groups = [group for split in SPLITS for group in load_groups(root, split)]
     assert len(groups) == 6
     gains = []
     for group, other in zip(groups, groups[1:] + groups[:1]):
-        foreign = data.read_image(root / other["lr"])
-        lr, images, hr = data.group_images(root, group)
+        foreign = read_image(root / other["lr"])
+        lr, images, hr = group_images(root, group)
         assert {candidate["method"] for candidate in group["candidates"]} >= {"hr", *NETWORKS}
         for candidate, image in zip(group["candidates"], images):
             if candidate["method"] in NETWORKS:
-                assert (image == data.read_image(folder / candidate["method"] / f"{group['id']}.png")).all()
+                assert (image == read_image(folder / candidate["method"] / f"{group['id']}.png")).all()
                 assert metrics.lr_psnr(image, lr, 4) > max(20, metrics.lr_psnr(image, foreign, 4) + 5)
             if candidate["method"] == "dat":                # trained on exactly this down-sampling
-                gains.append(metrics.psnr(image, hr) - metrics.psnr(metrics.resize(lr, (128, 128), "bicubic"), hr))
+                gains.append(metrics.psnr(image, hr) - metrics.psnr(resize(lr, (128, 128), "bicubic"), hr))
     assert np.mean(gains) > 0.5
 
 
 def test_the_proxy_prefers_the_photograph(built):
     """Labels of outputs from elsewhere: HR is never below a network, and each network has labels on every axis."""
     folder, _ = built
-    for split in data.SPLITS:
-        for group in data.load_groups(folder / "run" / "01_build_dataset", split):
+    for split in SPLITS:
+        for group in load_groups(folder / "run" / "01_build_dataset", split):
             methods = [candidate["method"] for candidate in group["candidates"]]
-            for axis in data.AXES:
+            for axis in metrics.AXES:
                 ranks = dict(zip(methods, group["labels"][axis]["ranks"]))
                 assert all(ranks["hr"] <= ranks[name] for name in NETWORKS), (group["id"], axis, ranks)

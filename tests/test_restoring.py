@@ -19,9 +19,9 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import color_fix, data, dist, metrics, mllm, restoring, run, sr_policy, sr_tiles, sr_variants
+from common import color_fix, dist, metrics, mllm, restoring, run, sr_policy, sr_tiles, sr_variants
 from common.config import load_config
-from common.sr_images import to_pixels
+from common.images import read_image, resize, to_pixels, write_png
 from common.sr_policy import Policy
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage, tree
 from test_sr_latent import load, models                                 # noqa: F401 (a fixture)
@@ -61,7 +61,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """uint8 [height, width, 3]: smooth, with edges, some noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (max(1, height // 6), max(1, width // 6), 3), dtype=np.uint8)
-    smooth = metrics.resize(coarse, (width, height), "bicubic").astype(float)
+    smooth = resize(coarse, (width, height), "bicubic").astype(float)
     return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
@@ -229,7 +229,7 @@ def photos(tmp_path) -> Path:
     """What people have: sub-folders, EXIF rotation, gray, 16 bit, transparency, two of one name, and broken files."""
     folder = tmp_path / "photos"
     (folder / "trip" / "day 1").mkdir(parents=True)
-    data.write_png(folder / "cat.png", picture(24, 40))
+    write_png(folder / "cat.png", picture(24, 40))
     Image.fromarray(picture(18, 26, 1)).save(folder / "trip" / "day 1" / "cake & tea.jpg")
     turned = Image.Exif()
     turned[274] = 6                                                             # orientation: turn clockwise
@@ -260,20 +260,20 @@ def test_a_folder_of_all_kinds_of_pictures(trained, photos, tmp_path):
     out, before = tmp_path / "restored", tree(photos)
     results = stage_05(arguments(trained, photos, out))
     assert results["pictures"] == results["restored_now"] == 7 and results["files_left_out"] == 2
-    sizes = {path.relative_to(out / "tuned").as_posix(): data.read_image(path).shape[:2]
+    sizes = {path.relative_to(out / "tuned").as_posix(): read_image(path).shape[:2]
              for path in (out / "tuned").rglob("*.png")}
     assert sizes == {"cat.png.png": (96, 160), "cat.jpg.png": (36, 36), "trip/day 1/cake & tea.png": (72, 104),
                      "trip/turned.png": (80, 48), "gray.png": (64, 64), "gray16.png": (64, 64), "alpha.png": (64, 64)}
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [item["file"] for item in skipped] == ["broken.png", "empty.jpg"]
-    turned = data.read_image(photos / "trip" / "turned.jpg")
+    turned = read_image(photos / "trip" / "turned.jpg")
     tuned = sr_variants.load(trained / "04_train_sr_grpo", ["tuned"], torch.device("cpu"), hybrid=0)["tuned"]
     expected = sr_tiles.restore(tuned, turned, (0, "folder", "trip/turned.jpg"), tile=16, overlap=8, batch=4)
-    assert np.array_equal(data.read_image(out / "tuned" / "trip" / "turned.png"), to_pixels(expected)[0])
+    assert np.array_equal(read_image(out / "tuned" / "trip" / "turned.png"), to_pixels(expected)[0])
     assert tree(photos) == before                                               # no input was touched
     page = (out / "index.html").read_text()
     assert page.count("<figure>") == 7 and "broken.png" in page and "tuned/trip/day%201/cake%20%26%20tea.png" in page
-    assert min(data.read_image(out / "contact_sheet.png").shape[:2]) > 300
+    assert min(read_image(out / "contact_sheet.png").shape[:2]) > 300
 
 
 def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
@@ -286,8 +286,8 @@ def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
     (out / "tuned" / "gray.png").unlink()
     (out / "tuned" / "cat.jpg.png").write_bytes(b"torn")
     assert stage_05(argv)["restored_now"] == 2 and tree(out) == first
-    data.write_png(photos / "gray.png", picture(16, 16, 9))                     # another input under an old name
-    data.write_png(photos / "new.png", picture(8, 8, 10))
+    write_png(photos / "gray.png", picture(16, 16, 9))                     # another input under an old name
+    write_png(photos / "new.png", picture(8, 8, 10))
     assert stage_05(argv)["restored_now"] == 2
     assert len((out / "restored.jsonl").read_text().splitlines()) == 10
     run.write_json(trained / "04_train_sr_grpo" / "manifest.json", {"results": {"trained": "anew"}})
@@ -304,7 +304,7 @@ def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
 
 def test_a_killed_run_goes_on_and_two_processes_write_the_same_bytes(trained, photos, tmp_path):
     for i in range(4):
-        data.write_png(photos / f"more {i}.png", picture(32, 32, i))
+        write_png(photos / f"more {i}.png", picture(32, 32, i))
     argv = [f"run={trained}", f"lr_dir={photos}", "tile=16", "overlap=8", "images_per_gpu=4"]
     config, (killed, two) = ROOT / "configs" / "demo.yaml", (tmp_path / name for name in ("killed", "two"))
     command = [sys.executable, "05_eval_sr.py", str(config), *argv, f"out={killed}"]
@@ -325,7 +325,7 @@ def test_a_process_that_has_finished_waits_for_the_others(trained, tmp_path):
     """With a wait of 2 s instead of 10 minutes for all that asks for no other; see the end of this file."""
     for name in "ab":
         (tmp_path / "photos").mkdir(exist_ok=True)
-        data.write_png(tmp_path / "photos" / f"{name}.png", picture(16, 16))
+        write_png(tmp_path / "photos" / f"{name}.png", picture(16, 16))
     argv = arguments(trained, tmp_path / "photos", tmp_path / "out")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            __file__, *argv], capture_output=True, text=True, timeout=300, cwd=ROOT)
@@ -337,7 +337,7 @@ def test_out_may_lie_inside_and_the_variants_are_side_by_side(trained, photos):
     out = photos / "restored"
     argv = arguments(trained, photos, out, "policy=base,tuned,hybrid", "hybrid=0.6", "color_fix=wavelet")
     assert stage_05(argv)["restored_now"] == 7 and stage_05(argv)["restored_now"] == 0      # outputs are no inputs
-    base, tuned, hybrid = (data.read_image(out / name / "gray.png") for name in ("base", "tuned", "hybrid"))
+    base, tuned, hybrid = (read_image(out / name / "gray.png") for name in ("base", "tuned", "hybrid"))
     assert not np.array_equal(base, tuned) and not np.array_equal(tuned, hybrid) and not np.array_equal(base, hybrid)
 
 

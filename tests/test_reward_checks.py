@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from common import calibration, metrics, pair_stats, probes, reward_checks, reward_report, reward_tables
-from common.data import AXES
-from common.reward_stats import Labels
+from common.groups import Labels
+from common.images import resize
+from common.metrics import AXES
 from conftest import make_images
 
 
@@ -162,7 +163,7 @@ def test_every_probe_does_what_its_name_says(size):
     assert min(spread["oversharpened"], spread["noisy"], spread["texture"]) > 1.1 * spread["hr"] > spread["bicubic"]
     mean = images["color"].mean((0, 1)) / hr.mean((0, 1))
     assert mean[0] > 1.05 and mean[1] == pytest.approx(1, abs=0.01) and mean[2] < 0.9
-    assert (images["bicubic"] == metrics.resize(lr, (64, 64), "bicubic")).all()
+    assert (images["bicubic"] == resize(lr, (64, 64), "bicubic")).all()
     again = probes.tamper(hr, lr, other, np.random.default_rng(0))
     assert all((a == b).all() for a, b in zip(again, images.values()))
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import grpo, mllm, mllm_policy, reward_grpo, reward_summary, rewards, supervised
-from common.cohorts import Cohort, evaluate
-from common.looks import encode_images, look_at
-from common.mllm_policy import Answers
+from common import grpo, metrics, mllm, reward_grpo, reward_summary, rewards, supervised
+from common.cohorts import evaluate
+from common.groups import Cohort
+from common.replies import Answers, answer_logp, encode_images, look_at
 from common.training import average, copy_of, holding, optimizers
 from conftest import build_judge, load_stage, make_images
 
@@ -63,9 +63,9 @@ def slow_groups(judge, reference, cfg, answers: list[Answers]) -> list[dict]:
     groups = []
     for item in answers:
         images = [encode_images(each, [item.cohort], [0]) for each in (judge, reference)]
-        new = mllm_policy.logp(judge, *images[0], [item.replies], item.digits)
+        new = answer_logp(judge, *images[0], [item.replies], item.digits)
         with torch.no_grad():
-            ref = mllm_policy.logp(reference, *images[1], [item.replies], item.digits)
+            ref = answer_logp(reference, *images[1], [item.replies], item.digits)
         for row, earned in enumerate(item.digit_rewards.tolist()):
             groups.append(dict(kind="digit", rewards=earned, axes=[], places=[{} for _ in earned], logps=[
                 ([new[2][row, k]], [ref[2][row, k]]) for k in range(len(earned))]))
@@ -84,7 +84,7 @@ def slow_places(judge, ids: list[int]) -> dict[int, int]:
     if mllm.parse_reply(mllm.reply_text(judge, ids)) is None:
         return {}
     begun = [judge.tokenizer.decode(ids[:t]) for t in range(len(ids))]
-    return {t: a for a, axis in enumerate(mllm.AXES) for t, text in enumerate(begun)
+    return {t: a for a, axis in enumerate(metrics.AXES) for t, text in enumerate(begun)
             if "<answer>" in text and text.endswith(f"{axis}: ")}
 
 
@@ -165,7 +165,7 @@ def test_defaults_are_what_they_were_before_there_were_options(judges):
     ranks = torch.tensor(item.cohort.ranks.T, dtype=torch.float32)
     digits = torch.stack([judge.digit_ids == token for token in item.digits.flatten()]).float().argmax(1) + 1.0
     digits[6] = torch.nan                                               # the end token
-    wanted = rewards.thurstone(digits.view(3, 3, 6).transpose(0, 1), ranks, cfg.score_std_floor).nan_to_num(0.0)
+    wanted = grpo.thurstone(digits.view(3, 3, 6).transpose(0, 1), ranks, cfg.score_std_floor).nan_to_num(0.0)
     assert torch.equal(item.digit_rewards, wanted.transpose(0, 1).flatten(0, 1))
     assert torch.equal(item.digit_advantages, grpo.group_advantages(item.digit_rewards, std_floor=0.3))
     own = grpo.group_advantages(item.reply_rewards, std_floor=0.3).flatten()

@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import calibration, data, metrics, mllm, prefix_check, reward_report, run, sampling, token_tree
-from common.cohorts import Cohort, load_cohorts, scores_of
+from common import calibration, metrics, mllm, prefix_check, reward_report, run, token_tree
+from common.cohorts import scores_of
 from common.config import load_config
-from common.labels import label_arrays
-from common.mllm import AXES
+from common.groups import Cohort, group_images, label_arrays, load_cohorts, load_groups
+from common.images import read_image
+from common.metrics import AXES
+from common.replies import sample_replies
 from common.training import optimizers
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage, tree
 
@@ -91,7 +93,7 @@ def test_what_02_leaves_behind(toy_run, toy_config, capsys):
     assert found[0]["loss_reply"] > 2 * found[COLD_STEPS - 1]["loss_reply"] and results["parse_rate"] > 0
     assert {"group", "reply", "reward"} <= rows(folder / "samples.jsonl")[0].keys()
     maps, val = json.loads((folder / "judge" / "calibration.json").read_text()), toy_run / "01_build_dataset"
-    labels = label_arrays(data.load_groups(val, "val")).scores
+    labels = label_arrays(load_groups(val, "val")).scores
     wanted = scores_of(mllm.load_judge(folder, CPU), load_cohorts(val, "val")[0])
     for a, axis in enumerate(AXES):
         assert maps[axis]["fitted_on"] == labels[..., a].size == 20
@@ -360,7 +362,7 @@ def test_what_03_leaves_behind(evaluated):
     table = (folder / "table.md").read_text()
     assert all(name in table for name, _ in reward_report.SCORERS.values()) and "proxy" in table
     for name in ("plot.png", "examples.png", "probes.png"):
-        assert min(data.read_image(folder / name).shape[:2]) > 300
+        assert min(read_image(folder / name).shape[:2]) > 300
     assert results["probes"]["groups"] == 8 and 0 <= results["probes"]["all"]["value"] <= 1
     maps = json.loads((evaluated / "02_train_reward" / "judge" / "calibration.json").read_text())
     assert all(maps[axis].items() <= results["calibration"][axis].items() for axis in AXES)
@@ -388,9 +390,9 @@ def test_every_scorer_is_what_its_name_says(toy_run, toy_config):
     measured, seconds = stage.measure(cfg, judge, source, before=judge, groups=groups[:2], others=others[:2])
     assert measured.shape == (2, 4, len(stage.MEASURED), 3) and seconds > 0
     column = {name: measured[:, :, i] for i, name in enumerate(stage.MEASURED)}
-    read = [data.group_images(source, group) for group in groups[:2]]
+    read = [group_images(source, group) for group in groups[:2]]
     lrs, images, hrs = zip(*read)
-    wrong = [data.group_images(source, group)[0] for group in others[:2]]
+    wrong = [group_images(source, group)[0] for group in others[:2]]
     base = mllm.load_model(toy_run / "02_train_reward" / "cold_start" / "model", CPU, dtype="float32",
                            lr_view=judge.lr_view, candidate_view=judge.candidate_view)
     for name, wanted in (("judge", mllm.expected_scores(judge, lrs, images)),
@@ -482,9 +484,9 @@ def test_groups_that_lack_an_axis_and_groups_without_any_label(evaluated, toy_co
 def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run, toy_config):
     stage, source = load_stage("03"), toy_run / "01_build_dataset"
     cfg = load_config(stage.Config, stage.__file__, [str(toy_config)])
-    judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), data.load_groups(source, "test")[0]
+    judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), load_groups(source, "test")[0]
     replies, mass = stage.sample(cfg, judge, source, groups=[group], max_tokens=12)
-    lr, images, _ = data.group_images(source, group)
+    lr, images, _ = group_images(source, group)
     uniforms = torch.rand(4, 2, 12, generator=run.generator(cfg.seed, "sampled", group["id"]))
     for c, image in enumerate(images):
         with torch.no_grad():
@@ -496,7 +498,7 @@ def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run, toy_c
             chances = mllm.policy_logits(judge, hidden).softmax(-1)
         wanted = [sum(float(own[token]) for token in judge.digit_ids) for own in chances]
         assert mass[0, c].tolist() == pytest.approx(wanted, abs=1e-4) and max(wanted) < 1
-        alone, = sampling.sample_replies(judge, features, grids, uniforms[c:c + 1])
+        alone, = sample_replies(judge, features, grids, uniforms[c:c + 1])
         assert [[i for i in ids if i >= 0] for ids in replies[0, c].tolist()] == alone
 
 

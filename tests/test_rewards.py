@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from common.rewards import fidelity_loss, margin, overlong, pairwise, thurstone
+from common.grpo import thurstone
+from common.rewards import fidelity_loss, margin, overlong, pairwise
 
 NAN = math.nan
 

@@ -19,7 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import checkpoints, config, faults, run
+from common import checkpoints, run
+from common.config import STAGES, load_config, save_config
 from conftest import ROOT, load_stage
 
 SCRIPT = "/anywhere/02_train_reward.py"
@@ -59,7 +60,7 @@ def test_a_stage_is_opened_resumed_and_moved(tmp_path):
     folder = run.open_stage(Config(run=str(tmp_path / "a")), SCRIPT)
     assert folder == tmp_path / "a" / "02_train_reward"
     cfg = Config(run=str(tmp_path / "a"))
-    assert config.load_config(Config, SCRIPT, [str(folder / "config.yaml")]) == cfg
+    assert load_config(Config, SCRIPT, [str(folder / "config.yaml")]) == cfg
     assert run.open_stage(cfg, SCRIPT) == folder
     (tmp_path / "a").rename(tmp_path / "b")
     assert run.open_stage(Config(run=str(tmp_path / "b")), SCRIPT).exists()
@@ -103,7 +104,7 @@ def test_a_missing_stage_names_its_command(tmp_path, capsys):
 
 
 def test_manifest(tmp_path, capsys):
-    first, second = (tmp_path / stem for stem in config.STAGES[:2])
+    first, second = (tmp_path / stem for stem in STAGES[:2])
     for folder in (first, second):
         folder.mkdir()
     run.write_json(first / "manifest.json", {"stage": first.name})
@@ -198,14 +199,14 @@ def save(folder, step, value=0.0):
     optimizer.step()
     weights = {"w": torch.full((2, 3), value, dtype=torch.bfloat16), "scalar": torch.tensor(step)}
     weights |= {"tied": weights["w"], "view": weights["w"].T}
-    return run.save_checkpoint(folder, step, weights=weights, optimizer=optimizer.state_dict(),
+    return checkpoints.save_checkpoint(folder, step, weights=weights, optimizer=optimizer.state_dict(),
                                state={"best": value})
 
 
 def test_checkpoint_round_trip(tmp_path):
-    assert run.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
     assert save(tmp_path, 200, 0.5) == tmp_path / "checkpoints" / "step_000200"
-    step, weights, optimizer, state = run.latest_checkpoint(tmp_path)
+    step, weights, optimizer, state = checkpoints.latest_checkpoint(tmp_path)
     assert step == 200 and state == {"step": 200, "best": 0.5}
     assert weights["w"].dtype == torch.bfloat16 and weights["w"].tolist() == [[0.5] * 3] * 2
     assert weights["view"].shape == (3, 2) and weights["scalar"] == 200
@@ -217,7 +218,7 @@ def test_the_newest_two_stay(tmp_path):
     for step in (1, 999_999, 1_000_000, 1_000_000):         # the last one is saved once more
         save(tmp_path, step, value=step / 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_999999", "step_1000000"}
-    assert run.latest_checkpoint(tmp_path)[0] == 1_000_000
+    assert checkpoints.latest_checkpoint(tmp_path)[0] == 1_000_000
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
@@ -230,9 +231,9 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     assert (tmp_path / "checkpoints" / "step_000002.tmp" / "optimizer.pt").exists()
-    assert run.latest_checkpoint(tmp_path)[0] == 1
+    assert checkpoints.latest_checkpoint(tmp_path)[0] == 1
     save(tmp_path, 2)                                       # the leftovers are no obstacle
-    assert run.latest_checkpoint(tmp_path)[0] == 2
+    assert checkpoints.latest_checkpoint(tmp_path)[0] == 2
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
@@ -258,12 +259,12 @@ def damage(path: Path, content: bytes | None) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, name, content):
     older, newer = save(tmp_path, 1) / name, save(tmp_path, 2) / name
     damage(newer, flipped(newer) if content == "flip" else content)
-    assert run.latest_checkpoint(tmp_path)[0] == 1
+    assert checkpoints.latest_checkpoint(tmp_path)[0] == 1
     said = capsys.readouterr().err
     assert re.fullmatch(rf"warning: [^\n]*step_000002/{name} is damaged[^\n]*before it\n", said)
     damage(older, flipped(older) if content == "flip" else content)
     with pytest.raises(SystemExit) as stop:
-        run.latest_checkpoint(tmp_path)
+        checkpoints.latest_checkpoint(tmp_path)
     warned, message = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and warned.startswith("warning: ") and message.startswith("error: ")
     assert f"step_000002/{name} is damaged" in message and "delete" in message and "weights_only" not in message
@@ -273,14 +274,14 @@ def test_a_changed_number_in_state_json_is_noticed(tmp_path, capsys):
     save(tmp_path, 1, 0.25)
     path = save(tmp_path, 2, 0.5) / "state.json"
     path.write_text(path.read_text().replace('"best": 0.5', '"best": 0.9'))
-    assert run.latest_checkpoint(tmp_path)[3] == {"step": 1, "best": 0.25}
+    assert checkpoints.latest_checkpoint(tmp_path)[3] == {"step": 1, "best": 0.25}
 
 
 def test_a_run_that_was_resumed_saves_the_step_that_it_has_reached(tmp_path):
     save(tmp_path, 1)
-    state = run.latest_checkpoint(tmp_path)[3]
-    run.save_checkpoint(tmp_path, 2, weights={}, optimizer={}, state=state)
-    assert run.latest_checkpoint(tmp_path)[0] == 2
+    state = checkpoints.latest_checkpoint(tmp_path)[3]
+    checkpoints.save_checkpoint(tmp_path, 2, weights={}, optimizer={}, state=state)
+    assert checkpoints.latest_checkpoint(tmp_path)[0] == 2
 
 
 def test_after_a_damaged_checkpoint_the_newest_two_whole_ones_stay(tmp_path, capsys):
@@ -288,7 +289,7 @@ def test_after_a_damaged_checkpoint_the_newest_two_whole_ones_stay(tmp_path, cap
         path = save(tmp_path, step)
     (path / "optimizer.pt").write_bytes(b"")
     save(tmp_path, 3)                                       # went on from 2
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["step_000002", "step_000003"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step_000002", "step_000003"]
 
 
 def test_a_pickled_object_is_refused(tmp_path, capsys):
@@ -297,7 +298,7 @@ def test_a_pickled_object_is_refused(tmp_path, capsys):
     state = json.loads((path / "state.json").read_text())
     state["sha256"]["optimizer.pt"] = run.sha256(path / "optimizer.pt")
     run.write_json(path / "state.json", state)
-    assert "optimizer.pt is damaged (UnpicklingError)" in stopped(capsys, run.latest_checkpoint, tmp_path)
+    assert "optimizer.pt is damaged (UnpicklingError)" in stopped(capsys, checkpoints.latest_checkpoint, tmp_path)
 
 
 def test_the_best_weights_carry_their_checksum(tmp_path, capsys):
@@ -312,10 +313,10 @@ def test_the_best_weights_carry_their_checksum(tmp_path, capsys):
 
 def test_weights_of_another_model_are_named(tmp_path, capsys):
     wanted = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
-    run.require_fit(wanted | {"more": torch.zeros(9)}, wanted, tmp_path)
-    assert "lacks b and 0 more" in stopped(capsys, run.require_fit, {"a": wanted["a"]}, wanted, tmp_path)
+    checkpoints.require_fit(wanted | {"more": torch.zeros(9)}, wanted, tmp_path)
+    assert "lacks b and 0 more" in stopped(capsys, checkpoints.require_fit, {"a": wanted["a"]}, wanted, tmp_path)
     assert "a is [3, 2], expected [2, 3]" in stopped(
-        capsys, run.require_fit, wanted | {"a": torch.zeros(3, 2)}, wanted, tmp_path)
+        capsys, checkpoints.require_fit, wanted | {"a": torch.zeros(3, 2)}, wanted, tmp_path)
 
 
 def test_damaged_weights_of_a_finished_stage_are_noticed(tmp_path, capsys):
@@ -365,7 +366,7 @@ def test_no_memory_is_one_line_that_names_the_way_out_and_other_errors_pass(caps
 
 def test_memory_that_torch_lacks_names_the_settings(capsys):
     module = load_stage("04")
-    with pytest.raises(SystemExit), faults.explained(module.Config):
+    with pytest.raises(SystemExit), run.explained(module.Config):
         torch.empty(2**48)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "same command again" in said
@@ -375,7 +376,7 @@ def test_memory_that_torch_lacks_names_the_settings(capsys):
 @pytest.mark.parametrize("number", ["01", "02", "03", "04", "05"])
 def test_what_is_advised_without_memory_is_not_refused_as_other_settings(number, tmp_path, capsys):
     module = load_stage(number)
-    advice = faults.memory_settings(module.Config)
+    advice = run.memory_settings(module.Config)
     lowered = [words.removeprefix("lower ") for words in advice if words.startswith("lower ")]
     as_told = [words.removeprefix("set ") for words in advice if words.startswith("set ")] + [f"{n}=1" for n in lowered]
     folder = tmp_path / Path(module.__file__).stem
@@ -383,10 +384,10 @@ def test_what_is_advised_without_memory_is_not_refused_as_other_settings(number,
     (tmp_path / "c.yaml").write_text(f"run: {tmp_path}\n")
     start = [str(tmp_path / "c.yaml"), *["hr_dir=/nowhere"] * (number == "01")]
     for more, refused in (([], False), (as_told, False), (["seed=7"], True)):
-        cfg = config.load_config(module.Config, module.__file__, start + [f"{name}=8" for name in lowered])
-        run.save_config(cfg, folder / "config.yaml", module.__file__)
+        cfg = load_config(module.Config, module.__file__, start + [f"{name}=8" for name in lowered])
+        save_config(cfg, folder / "config.yaml", module.__file__)
         with pytest.raises(SystemExit):                     # there is no earlier stage, or no photograph
-            module.main(config.load_config(module.Config, module.__file__, [*start, *more]))
+            module.main(load_config(module.Config, module.__file__, [*start, *more]))
         assert ("has other settings" in capsys.readouterr().err) == refused, more
         (folder / "begun").mkdir(parents=True, exist_ok=True)
     assert as_told and len(as_told) == len(advice)
@@ -411,7 +412,7 @@ with run.explained():
     process.terminate()
     out, err = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM and out == ""
-    assert err.strip() == f"error: stopped by SIGTERM: {faults.AGAIN}"
+    assert err.strip() == f"error: stopped by SIGTERM: {run.AGAIN}"
 
 
 def test_sigterm_is_as_it_was_after_the_run():
@@ -424,4 +425,4 @@ def test_sigterm_is_as_it_was_after_the_run():
 def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop, run.explained():
         raise KeyboardInterrupt
-    assert stop.value.code == 130 and capsys.readouterr().err == f"\nerror: stopped by Ctrl-C: {faults.AGAIN}\n"
+    assert stop.value.code == 130 and capsys.readouterr().err == f"\nerror: stopped by Ctrl-C: {run.AGAIN}\n"

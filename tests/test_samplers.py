@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from common import grpo, samplers
+from common import grpo, sr_policy
 from conftest import ROOT
 
 SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.1, 0.0]                         # of a flow, from noise to clean
@@ -21,14 +21,14 @@ def draw(seed: int, count: int) -> torch.Tensor:
     return torch.randn(count, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def flow_levels(index: int) -> tuple[samplers.Level, samplers.Level]:
-    levels = samplers.flow(torch.tensor(SIGMAS))
-    return samplers.at(levels, torch.tensor([index])), samplers.at(levels, torch.tensor([index + 1]))
+def flow_levels(index: int) -> tuple[sr_policy.Level, sr_policy.Level]:
+    levels = sr_policy.flow(torch.tensor(SIGMAS))
+    return sr_policy.at(levels, torch.tensor([index])), sr_policy.at(levels, torch.tensor([index + 1]))
 
 
-def diffusion_levels(index: int) -> tuple[samplers.Level, samplers.Level]:
-    levels = samplers.variance_preserving(torch.tensor(POWERS))
-    return samplers.at(levels, torch.tensor([index])), samplers.at(levels, torch.tensor([index + 1]))
+def diffusion_levels(index: int) -> tuple[sr_policy.Level, sr_policy.Level]:
+    levels = sr_policy.variance_preserving(torch.tensor(POWERS))
+    return sr_policy.at(levels, torch.tensor([index])), sr_policy.at(levels, torch.tensor([index + 1]))
 
 
 # plain loops, number by number, as the papers write them ---------------------------------------------------
@@ -61,7 +61,7 @@ def each(formula, *columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check(sampler: str, expected: tuple, clean: torch.Tensor, noise: torch.Tensor, **step) -> None:
     """Mean, std and log-probability of a step."""
-    mean, std = samplers.step(sampler, clean, noise, **step)
+    mean, std = sr_policy.gaussian_step(sampler, clean, noise, **step)
     assert torch.allclose(mean, expected[0], atol=1e-5)
     assert torch.allclose(std.expand_as(mean), expected[1], atol=1e-5) and std.min() > 0
     x = mean + std * draw(9, len(mean))
@@ -74,7 +74,7 @@ def check(sampler: str, expected: tuple, clean: torch.Tensor, noise: torch.Tenso
 def test_flow_steps_are_those_of_the_papers(index, eta):
     x, v, (now, after) = draw(0, 3), draw(1, 3), flow_levels(index)
     sigma, below = SIGMAS[index:index + 2]
-    clean, noise = samplers.clean_and_noise("flow", x, v, now)
+    clean, noise = sr_policy.clean_and_noise("flow", x, v, now)
     step = {"now": now, "after": after, "eta": eta}
     check("sde", each(lambda x, v: flow_grpo(x, v, sigma, below, SIGMAS[1], eta), x, v), clean, noise, **step)
     check("cps", each(lambda x, v: cps(x, v, sigma, below, eta), x, v), clean, noise, **step)
@@ -89,7 +89,7 @@ def test_flow_steps_are_those_of_the_papers(index, eta):
 def test_diffusion_steps_are_those_of_the_papers(index, eta):
     x, v, (now, after) = draw(0, 3), draw(1, 3), diffusion_levels(index)
     alpha, below = POWERS[index:index + 2]
-    clean, noise = samplers.clean_and_noise("v_prediction", x, v, now)
+    clean, noise = sr_policy.clean_and_noise("v_prediction", x, v, now)
     step = {"now": now, "after": after, "eta": eta}
     check("ddim", each(lambda x0, e: ddim(x0, e, alpha, below, eta), clean, noise), clean, noise, **step)
     # as a flow: x / (a + b) lies on the straight path from clean to noise, at sigma = b / (a + b)
@@ -103,7 +103,7 @@ def test_diffusion_steps_are_those_of_the_papers(index, eta):
     check("cps", (mean * size_after, std * size_after), clean, noise, **step)
     std = math.sqrt(1 - below) * math.sin(eta * math.pi / 2)                    # cps is DDIM with this std
     expected = math.sqrt(below) * clean + math.sqrt(1 - below - std ** 2) * noise
-    assert torch.allclose(samplers.step("cps", clean, noise, **step)[0], expected, atol=1e-5)
+    assert torch.allclose(sr_policy.gaussian_step("cps", clean, noise, **step)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow"])
@@ -112,19 +112,19 @@ def test_clean_and_noise_add_up_to_the_state(predicts):
     clean, noise = draw(0, 2), draw(1, 2)
     x = now.signal * clean + now.noise * noise
     output = {"epsilon": noise, "v_prediction": now.signal * noise - now.noise * clean, "flow": noise - clean}[predicts]
-    found = samplers.clean_and_noise(predicts, x, output, now)
+    found = sr_policy.clean_and_noise(predicts, x, output, now)
     assert torch.allclose(found[0], clean, atol=1e-5) and torch.allclose(found[1], noise, atol=1e-5)
 
 
 @pytest.mark.parametrize("levels", [flow_levels, diffusion_levels])
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", sr_policy.SAMPLERS)
 def test_without_noise_all_are_one_ode(sampler, levels):
     clean, noise = draw(0, 2), draw(1, 2)
     for index in range(5):
         now, after = levels(index)
-        mean, std = samplers.step(sampler, clean, noise, now=now, after=after, eta=0.0)
+        mean, std = sr_policy.gaussian_step(sampler, clean, noise, now=now, after=after, eta=0.0)
         assert std.max() == 0 and torch.equal(mean, after.signal * clean + after.noise * noise)
-        little, std = samplers.step(sampler, clean, noise, now=now, after=after, eta=1e-4)
+        little, std = sr_policy.gaussian_step(sampler, clean, noise, now=now, after=after, eta=1e-4)
         assert torch.allclose(little, mean, atol=1e-4) and std.max() < 1e-3
 
 
@@ -141,13 +141,13 @@ def test_flow_steps_of_diffusers():
     v, x = draw(1, 2), draw(0, 2)
     for settings, eta in (({}, 0.0), ({"stochastic_sampling": True}, 1.0)):
         scheduler = flow_scheduler(**settings)
-        levels = samplers.flow(scheduler.sigmas)
+        levels = sr_policy.flow(scheduler.sigmas)
         for i, time in enumerate(scheduler.timesteps):
-            now, after = (samplers.at(levels, torch.tensor([j])) for j in (i, i + 1))
+            now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
             found = scheduler.step(v, time, x, generator=torch.Generator().manual_seed(3)).prev_sample
             drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-            clean, noise = samplers.clean_and_noise("flow", x, v, now)
-            mean, std = samplers.step("cps", clean, noise, now=now, after=after, eta=eta)
+            clean, noise = sr_policy.clean_and_noise("flow", x, v, now)
+            mean, std = sr_policy.gaussian_step("cps", clean, noise, now=now, after=after, eta=eta)
             assert torch.allclose(mean + std * drawn, found, atol=1e-5)
 
 
@@ -155,11 +155,11 @@ def follow(levels: torch.Tensor, x: torch.Tensor, predict) -> torch.Tensor:
     """DPM-Solver++ (2M) from x through all levels; predict(x, index) -> clean, noise."""
     past = None
     for i in range(len(levels) - 1):
-        now, after = (samplers.at(levels, torch.tensor([j])) for j in (i, i + 1))
+        now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
         clean, noise = predict(x, i)
-        x, _ = samplers.step("ddim", clean, noise, now=now, after=after, eta=0.0)
+        x, _ = sr_policy.gaussian_step("ddim", clean, noise, now=now, after=after, eta=0.0)
         if past and i < len(levels) - 2:
-            x = x + samplers.second_order(clean, past[0], before=past[1], now=now, after=after)
+            x = x + sr_policy.second_order(clean, past[0], before=past[1], now=now, after=after)
         past = clean, now
     return x
 
@@ -176,20 +176,20 @@ def test_dpm_solver_is_that_of_diffusers(kind):
     for time in scheduler.timesteps:
         expected = scheduler.step(network(expected), time, expected).prev_sample
     sigmas = scheduler.sigmas                                                   # b / a of a diffusion model
-    levels = samplers.flow(sigmas) if kind == "flow" else samplers.variance_preserving(1 / (1 + sigmas ** 2))
-    found = follow(levels, x, lambda x, i: samplers.clean_and_noise(
-        kind, x, network(x), samplers.at(levels, torch.tensor([i]))))
+    levels = sr_policy.flow(sigmas) if kind == "flow" else sr_policy.variance_preserving(1 / (1 + sigmas ** 2))
+    found = follow(levels, x, lambda x, i: sr_policy.clean_and_noise(
+        kind, x, network(x), sr_policy.at(levels, torch.tensor([i]))))
     assert torch.allclose(found, expected, atol=1e-4)
     first_order = x
     for i in range(8):
-        now, after = (samplers.at(levels, torch.tensor([j])) for j in (i, i + 1))
-        first_order, _ = samplers.step("ddim", *samplers.clean_and_noise(kind, first_order, network(first_order), now),
+        now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
+        first_order, _ = sr_policy.gaussian_step("ddim", *sr_policy.clean_and_noise(kind, first_order, network(first_order), now),
                                        now=now, after=after, eta=0.0)
     assert (first_order - expected).abs().max() > 1e-3                          # Euler's is another result
 
 
 def test_dpm_solver_starts_at_pure_noise():
-    levels = samplers.flow(torch.tensor(SIGMAS))
+    levels = sr_policy.flow(torch.tensor(SIGMAS))
     found = follow(levels, draw(0, 2), lambda x, i: (torch.tanh(x), x))
     assert torch.isfinite(found).all()
 
@@ -197,9 +197,9 @@ def test_dpm_solver_starts_at_pure_noise():
 # window ----------------------------------------------------------------------------------------------------
 
 def test_the_window_stays_or_moves_and_ends_before_the_last_step():
-    fixed = {samplers.window_start(step, 1, width=2, steps=8, every=0, stride=1) for step in range(50)}
+    fixed = {sr_policy.window_start(step, 1, width=2, steps=8, every=0, stride=1) for step in range(50)}
     assert fixed == {1}
-    moving = [samplers.window_start(step, 0, width=2, steps=8, every=3, stride=2) for step in range(15)]
+    moving = [sr_policy.window_start(step, 0, width=2, steps=8, every=3, stride=2) for step in range(15)]
     assert moving == [0] * 3 + [2] * 3 + [4] * 3 + [5] * 6                      # steps 5 and 6; 7 is the last
 
 

@@ -16,9 +16,9 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import dist, run, samplers, sr_latent, sr_pipelines, sr_policy, sr_tiles
+from common import dist, run, sr_latent, sr_pipelines, sr_policy, sr_tiles
+from common.images import to_pixels
 from common.sr_flow import FlowPolicy
-from common.sr_images import to_pixels
 from common.sr_pipelines import LatentSampler
 from conftest import load_stage, run_stage
 from test_sr_latent import add_lora, check_algorithm, keys, moved_by_two_updates, pictures, tune
@@ -167,7 +167,7 @@ def test_what_the_policy_sees_of_lr(policy, models, capsys):
         assert f"multiples of 2 px and at most 32, these are {wrong}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", sr_policy.SAMPLERS)
 def test_the_ratio_of_an_untouched_policy_is_one(policy, sampler):
     seen = policy.observe(lr_images(), keys())
     rollout = sr_policy.sample(policy, seen, noise(1), start=1, eta=0.7, sampler=sampler)

@@ -15,8 +15,9 @@ import torch
 from diffusers import DDIMScheduler, VQModel
 from peft import LoraConfig, get_peft_model
 
-from common import config, data, run, sr_grpo, sr_latent, sr_pipelines, sr_plan, sr_policy, sr_reward
-from common.sr_images import to_pixels
+from common import grpo, run, sr_grpo, sr_latent, sr_pipelines, sr_plan, sr_policy, sr_reward
+from common.config import load_config
+from common.images import read_image, to_pixels, write_png
 from common.sr_latent import LatentPolicy
 from common.sr_pipelines import LatentSampler
 from common.sr_training import trainable
@@ -169,7 +170,7 @@ def test_mean_std_and_log_prob_of_a_step_are_those_of_diffusers(policy, kind, et
         assert torch.allclose(mean, zero, atol=1e-5)
         assert torch.allclose(std.expand_as(x), one - zero, atol=1e-5)
         if index < STEPS - 1:
-            logp = sr_policy.grpo.gaussian_logp(after, mean, std)
+            logp = grpo.gaussian_logp(after, mean, std)
             expected = torch.distributions.Normal(mean, std).log_prob(after).flatten(1).mean(1)
             assert torch.allclose(logp, expected, atol=1e-5)
     rollout = sr_policy.sample(policy, seen, torch.stack([x, drawn], 1), start=0, eta=eta)
@@ -285,7 +286,7 @@ def test_the_readme_loads_the_lora_of_a_run(models, tmp_path, monkeypatch):
     assert "common" not in code and len(code.splitlines()) == 5
     policy = add_lora(load("upscaler", models["upscaler"], tmp_path / "before"), 0.1)
     sr_policy.save_policy(policy, tmp_path / "policy")
-    data.write_png(tmp_path / "lr.png", to_pixels(pictures(1))[0])
+    write_png(tmp_path / "lr.png", to_pixels(pictures(1))[0])
     monkeypatch.chdir(tmp_path)
     shown = {}
     for name, model, lora in (("base", models["upscaler"], None), ("lora", models["upscaler"], tmp_path / "policy"),
@@ -294,7 +295,7 @@ def test_the_readme_loads_the_lora_of_a_run(models, tmp_path, monkeypatch):
         text = "\n".join(lines).replace("stabilityai/stable-diffusion-x4-upscaler", str(model))
         torch.manual_seed(0)
         exec(text.replace("runs/full/04_train_sr_grpo/policy", str(lora)).replace(".to(\"cuda\")", ""), {})
-        shown[name] = data.read_image(tmp_path / "sr.png").astype(int)
+        shown[name] = read_image(tmp_path / "sr.png").astype(int)
     assert shown["lora"].shape == (64, 64, 3) and abs(shown["lora"] - shown["merged"]).max() <= 1
     assert abs(shown["lora"] - shown["base"]).mean() > 1
 
@@ -393,6 +394,6 @@ def test_04_and_05_tune_and_compare_a_published_model(kind, models, toy_config, 
 def test_04_refuses_settings_that_cannot_work(toy_config, tmp_path, capsys, settings, message):
     stage = load_stage("04")
     with pytest.raises(SystemExit):
-        config.load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings])
+        load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings])
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

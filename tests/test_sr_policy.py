@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from peft import LoraConfig, get_peft_model
 
-from common import data, grpo, run, samplers, sr_detail, sr_policy
+from common import grpo, run, sr_policy
+from common.images import to_pixels, write_png
 from common.sr_cold_start import cold_start_loss, fit_sampler
-from common.sr_images import to_pixels
 from common.sr_policy import Policy
 from common.sr_training import LORA_LAYERS, trainable
 from conftest import load_stage
@@ -39,7 +39,7 @@ def noise(count: int, width: int = 0, seed: int = 0) -> torch.Tensor:
 
 def tiny_policy(dropout: float = 0.0, times: list[int] | None = None, solver: str = "euler") -> Policy:
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=8, in_channels=16 + sr_detail.CONDITION_CHANNELS, out_channels=16,
+    unet = UNet2DModel(sample_size=8, in_channels=16 + sr_policy.CONDITION_CHANNELS, out_channels=16,
                        dropout=dropout, block_out_channels=[32, 32], layers_per_block=1, norm_num_groups=8,
                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     hr = images(8)
@@ -80,7 +80,7 @@ def test_the_latent_is_the_luma_detail_in_units_of_its_spread(policy):
     assert channels.min() > 0.9 and channels.max() < 1.1
     hr = 0.5 * hr + 0.25                                                # nothing is clamped
     decoded = policy.decode(policy.encode(hr, shrink(hr)), shrink(hr))
-    assert torch.allclose(sr_detail.luma(decoded), sr_detail.luma(hr), atol=1e-5)
+    assert torch.allclose(sr_policy.luma(decoded), sr_policy.luma(hr), atol=1e-5)
 
 
 def test_no_detail_is_bicubic_and_detail_has_no_color(policy, lr):
@@ -149,7 +149,7 @@ def test_random_steps_in_the_window_then_ode(policy, lr):
         sr_policy.sample(policy, lr, noise(4, 2), start=STEPS - 2)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", sr_policy.SAMPLERS)
 def test_each_sampler_moves_and_is_replayed(policy, lr, sampler):
     rollout = sr_policy.sample(policy, lr, noise(4, 3), start=0, eta=0.7, sampler=sampler)
     mean, std = sr_policy.replay(policy, rollout)
@@ -256,7 +256,7 @@ def test_a_time_that_float32_rounds_to_the_end_is_the_last_one(policy, tmp_path)
     """Seed 0, batch 64: in this step of configs/full.yaml row 63 draws 0.9999994, and 63 + that is 64 in float32."""
     hr = images(1)
     for name, image in (("hr", hr), ("lr", shrink(hr))):
-        data.write_png(tmp_path / f"{name}.png", to_pixels(image)[0])
+        write_png(tmp_path / f"{name}.png", to_pixels(image)[0])
     step, cfg = 193606, settings(cold_start_batch=64)
     drawn = torch.rand(64, generator=run.generator(0, "cold start time", step))
     assert (torch.arange(64) + drawn)[-1] == 64

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common import metrics, mllm, run, sr_latent, sr_policy, sr_reward
 from common.config import load_config
-from common.sr_images import to_pixels
+from common.images import to_pixels
 from common.sr_training import trainable
 from conftest import build_judge, load_stage, run_stage
 from test_sr_policy import add_lora, images, noise, settings, shrink, tiny_policy

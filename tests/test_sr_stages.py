@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import config, data, mllm, restoring, run, sr_detail, sr_images, sr_reward
+from common import mllm, restoring, run, sr_policy, sr_reward
+from common.config import load_config
+from common.groups import image_batch, load_groups, require_one_size
+from common.images import to_pixels, write_png
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage
 from test_sr_policy import tiny_policy
 
@@ -201,7 +204,7 @@ def test_05_refuses_what_it_cannot_compare_before_it_measures(tuned, toy_config,
         (tmp_path / stem).symlink_to(tuned / stem)
     stage = load_stage("05")
     with pytest.raises(SystemExit) as stop:
-        stage.main(config.load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings]))
+        stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error.splitlines()[-1]
     assert not list(tmp_path.glob("05_eval_sr/images"))
@@ -211,14 +214,14 @@ def test_05_begun_with_other_larger_crops_is_the_same_run(evaluated, toy_config)
     stage = load_stage("05")
     argv = [str(toy_config), f"run={evaluated}", *MORE, "large_crops=0", "large_size=64"]
     with pytest.raises(SystemExit) as finished:
-        stage.main(config.load_config(stage.Config, stage.__file__, argv))
+        stage.main(load_config(stage.Config, stage.__file__, argv))
     assert finished.value.code == 0
 
 
 def test_05_judges_in_the_crops_that_04_optimized(toy_run):
     stage, judge, source = load_stage("05"), build_judge()[0], toy_run / "01_build_dataset"
-    groups = data.load_groups(source, "test")[:2]
-    lr, hr = (sr_images.to_pixels(sr_images.load(source, groups, key)) for key in ("lr", "hr"))
+    groups = load_groups(source, "test")[:2]
+    lr, hr = (to_pixels(image_batch(source, groups, key)) for key in ("lr", "hr"))
     rewarded = {"weight_consistency": 0.0, "weight_naturalness": 0.0, "weight_overall": 1.0, "crops_per_image": 4}
     policies = {"base": tiny_policy(), "tuned": tiny_policy()}
     for crop in (0, 16):
@@ -270,7 +273,7 @@ def imported(tuned, toy_config, toy_run, tmp_path_factory) -> Path:
     """A run folder whose 01 is an import of some of toy_run's images, 32 px large, with 04 finished."""
     source, folder = toy_run / "01_build_dataset", tmp_path_factory.mktemp("imported")
     names = ["lr", "candidate_a", "candidate_b", "axis", "choice", "annotator", "source", "split", "hr"]
-    groups = data.load_groups(source, "test") + data.load_groups(source, "train")[:2]
+    groups = load_groups(source, "test") + load_groups(source, "train")[:2]
     rows = [[group["lr"], *(one["path"] for one in group["candidates"][:2]), "overall", "a", "ann", group["source"],
              group["split"], group["hr"]] for group in groups]
     (folder / "set").mkdir()
@@ -297,13 +300,13 @@ def test_the_judge_of_an_import_sees_crops_of_the_size_it_learned_on(imported, t
     lr, image, _ = make_images(0, 64, 96, count=2)
     for name, pixels in (("lr", lr), ("sr", image)):
         (tmp_path / name).mkdir()
-        data.write_png(tmp_path / name / "a.png", pixels)
+        write_png(tmp_path / name / "a.png", pixels)
     judge = mllm.load_judge(imported / "02_train_reward", torch.device("cpu"))
-    smooth = sr_images.to_pixels(sr_detail.upsample(torch.from_numpy(lr).permute(2, 0, 1)[None] / 255, 4).clamp(0, 1))
+    smooth = to_pixels(sr_policy.upsample(torch.from_numpy(lr).permute(2, 0, 1)[None] / 255, 4).clamp(0, 1))
     wanted, other = (restoring.score(judge, side, lr, {"bicubic": smooth[0]}, limit=16)["bicubic"] for side in (32, 64))
     for number, more in (("05", ()), ("03", (f"sr_dirs={tmp_path / 'sr'}", "example_groups=1"))):
         stage, out = load_stage(number), tmp_path / number
-        stage.main(config.load_config(stage.Config, stage.__file__, [
+        stage.main(load_config(stage.Config, stage.__file__, [
             str(toy_config), f"run={imported}", f"lr_dir={tmp_path / 'lr'}", f"out={out}", *more]))
     line = json.loads((tmp_path / "05" / "restored.jsonl").read_text())
     assert line["scores"]["bicubic"] == pytest.approx(wanted, abs=1e-3)
@@ -316,7 +319,7 @@ def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsy
     """Sub-folders, names with brackets, other files of the same name, and one photograph that broke since."""
     stage, policies = load_stage("05"), {"base": tiny_policy(), "tuned": tiny_policy()}
     (tmp_path / "a [1]").mkdir()
-    data.write_png(tmp_path / "a [1]" / "IMG_1.png", make_images(0, 96, 64)[1])
+    write_png(tmp_path / "a [1]" / "IMG_1.png", make_images(0, 96, 64)[1])
     for suffix in ("CR2", "json"):
         (tmp_path / "a [1]" / f"IMG_1.{suffix}").write_bytes(b"raw")
     (tmp_path / "torn.jpg").write_bytes(b"torn")
@@ -352,10 +355,10 @@ def test_groups_of_several_sizes_or_scales_are_named(tmp_path, capsys):
     for name, side in (("a", 16), ("b", 24), ("c", 16)):
         Image.new("RGB", (side, 16)).save(tmp_path / f"{name}.png")
     a, b, c = ({"lr": f"{name}.png", "scale": scale} for name, scale in (("a", 4), ("b", 4), ("c", 2)))
-    sr_images.require_one_size(tmp_path, [a] * 2)
+    require_one_size(tmp_path, [a] * 2)
     for other, found in ((b, "b.png is 24x16, scale 4"), (c, "c.png is 16x16, scale 2")):
         with pytest.raises(SystemExit):
-            sr_images.require_one_size(tmp_path, [a, other])
+            require_one_size(tmp_path, [a, other])
         assert f"{found}, but a.png is 16x16, scale 4: 04 and 05 need LR images of one size" in capsys.readouterr().err
 
 

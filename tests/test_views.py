@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import metrics, mllm
-from common.views import detail_mosaic
+from common import mllm
+from common.images import resize
+from common.mllm import detail_mosaic
 from conftest import build_judge, load_stage, make_images, run_stage
 
 
@@ -22,7 +23,7 @@ def test_tiles_are_the_image_made_smaller_and_three_places_as_they_are():
     shown = detail_mosaic(image, PROCESSOR)
     assert shown.shape == (64, 96, 3)
     tiles = [shown[y:y + 32, x:x + 48] for y in (0, 32) for x in (0, 48)]
-    assert np.array_equal(tiles[0], metrics.resize(image, (48, 32), "bicubic"))
+    assert np.array_equal(tiles[0], resize(image, (48, 32), "bicubic"))
     for tile, (y, x) in zip(tiles[1:], [(32, 0), (64, 0), (64, 144)]):           # 4, 8 and 11 of 0..15, by rows of 4
         assert np.array_equal(tile, image[y:y + 32, x:x + 48])
 

@@ -1,5 +1,13 @@
-"""Images and preference groups on disk. Every image in memory is uint8 [H, W, 3], RGB."""
-import hashlib
+"""
+Images and preference groups on disk. Every image in memory is uint8 [H, W, 3], RGB.
+
+Where crops come from: finding pictures, what can be used of them, their splits, their share.
+
+Numbers that compare images and rankings. Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border
+is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labels and need the ground truth.
+
+LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
+"""
 import io
 import os
 import stat
@@ -9,18 +17,27 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
-from common import group_file, run
-from common.group_file import AXES, SPLITS              # scripts say data.AXES
+from common import run
 
 MAX_PIXELS = 100_000_000
-REBUILD = "build the data set again with 01_build_dataset.py into another run= folder"
 # nothing else is tried: some of Pillow's formats run other programs, whatever a file is called
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # everything that Pillow's decoders let through on broken files
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError,
                  ArithmeticError, AttributeError, Image.DecompressionBombError)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
+           "lanczos": Image.LANCZOS}
+HEADER = 18                         # px, height of the line of column titles
+GAP = 4                             # px between cells
+
+
+def listed(root: Path) -> list[Path]:
+    """All pictures below a folder, by suffix; a broken link is one of them, so that it is named as skipped."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
 
 
 def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
@@ -99,44 +116,51 @@ def copy_png(source: str | Path, target: str | Path) -> tuple[int, int]:
     return pixels.shape[:2]
 
 
-def load_groups(folder: str | Path, split: str) -> list[dict]:
+def resize(image: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
+    """[H, W, 3] to size (width, height), anti-aliased; how: a key of FILTERS. uint8 stays uint8."""
+    if image.dtype == np.uint8:
+        return np.array(Image.fromarray(image).resize(size, FILTERS[how]))
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(image, 2, 0).astype(np.float32)]
+    return np.stack([np.asarray(channel.resize(size, FILTERS[how])) for channel in channels], axis=2)
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 0..255 or float 0..1 -> float64 0..1."""
+    return image / 255.0 if image.dtype == np.uint8 else image.astype(np.float64)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """float 0..1 (clipped) -> uint8."""
+    return np.round(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in 0..1 -> uint8 [B, H, W, 3]."""
+    return images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def turn(images: Tensor, which: int) -> Tensor:
+    """One of the eight symmetries of the square, or of the four of a rectangle; which: 0..7."""
+    square = images.shape[-1] == images.shape[-2]
+    images = images.flip([axis for axis, bit in ((-1, 1), (-2, 2)) if which & bit])
+    return (images.transpose(-1, -2) if which & 4 and square else images).contiguous()
+
+
+def sheet(rows: list[list[np.ndarray]], titles: list[str], cell: int = 192,
+          below: list[list[str]] | None = None) -> np.ndarray:
     """
-    Groups of one split ("train", "val", "test") of a finished stage 01, in file order. Stops with one line if
-    groups.jsonl is damaged, a file is missing, or the split is empty.
+    Rows of uint8 images under column titles, enlarged to cell x cell px by repetition: uint8 [H, W, 3].
+
+    below: a line of text under each image.
     """
-    assert split in SPLITS, split
-    groups = [group for group in all_groups(folder) if group["split"] == split]
-    if not groups:
-        run.fail(f"{Path(folder) / 'groups.jsonl'} has no group in the split {split!r}: build one with more "
-                 "photographs or groups")
-    return groups
-
-
-def all_groups(folder: str | Path) -> list[dict]:
-    """Groups of all splits of a finished stage 01, in file order; stops like load_groups."""
-    path = Path(folder) / "groups.jsonl"
-    try:
-        return group_file.read_groups(Path(folder))
-    except FileNotFoundError:
-        run.fail(f"{path} is missing: {REBUILD}")
-    except ValueError as error:
-        run.fail(f"{path} {error}: {REBUILD}")
-
-
-def read_checked(path: Path, wanted: str | None) -> np.ndarray:
-    """read_image of a file that has to have the sha256 `wanted`; stops with one line. None: any."""
-    try:
-        content = path.read_bytes()
-        if wanted and hashlib.sha256(content).hexdigest() != wanted:
-            raise ValueError("its checksum is not the one of groups.jsonl")
-        return read_image(io.BytesIO(content))
-    except (OSError, ValueError) as error:
-        run.fail(f"{path} cannot be read ({error}): {REBUILD}")
-
-
-def group_images(folder: str | Path, group: dict) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
-    """(lr [h, w, 3], candidates K times [H, W, 3], hr [H, W, 3] or None) of one group, uint8."""
-    folder, sums = Path(folder), group.get("sha256", {})
-    images = [read_checked(folder / name, sums.get(name)) for name in group_file.files_of(group)]
-    count = len(group["candidates"])
-    return images[0], images[1:1 + count], images[1 + count] if group["hr"] else None
+    height = cell + GAP + HEADER * (below is not None)
+    canvas = Image.new("RGB", (len(titles) * (cell + GAP) + GAP, HEADER + len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    for x, title in enumerate(titles):
+        draw.text((GAP + x * (cell + GAP), 1), title, fill="black", font=font)
+        for y, row in enumerate(rows):
+            tile = Image.fromarray(row[x]).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(tile, (GAP + x * (cell + GAP), HEADER + y * height))
+            if below is not None:
+                draw.text((GAP + x * (cell + GAP), HEADER + y * height + cell), below[y][x], fill="black", font=font)
+    return np.asarray(canvas)
