@@ -9,6 +9,7 @@ is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labe
 LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
 """
 import io
+import math
 import os
 import stat
 import struct
@@ -144,6 +145,23 @@ def turn(images: Tensor, which: int) -> Tensor:
     square = images.shape[-1] == images.shape[-2]
     images = images.flip([axis for axis, bit in ((-1, 1), (-2, 2)) if which & bit])
     return (images.transpose(-1, -2) if which & 4 and square else images).contiguous()
+
+
+def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]]:
+    """Corners (y, x) of at most `limit` crops of side x side px, evenly over the image; in LR px."""
+    rows, columns = math.ceil(height / side), math.ceil(width / side)
+    if rows * columns > limit:
+        rows = max(1, min(rows, limit, round(math.sqrt(limit * rows / columns))))
+        columns = min(columns, limit // rows)
+    corners = [np.linspace(0, max(0, length - side), count).round().astype(int) if count > 1 else
+               [max(0, length - side) // 2] for length, count in ((height, rows), (width, columns))]
+    return [(int(y), int(x)) for y in corners[0] for x in corners[1]]
+
+
+def cut(image: np.ndarray, corner: tuple[int, int], side: int, scale: int) -> np.ndarray:
+    """The part [scale * side, scale * side, 3] of an output at `corner` (y, x) of its LR image, in LR px; scale 1: LR."""
+    y, x = (scale * place for place in corner)
+    return np.ascontiguousarray(image[y:y + scale * side, x:x + scale * side])
 
 
 def sheet(rows: list[list[np.ndarray]], titles: list[str], cell: int = 192,

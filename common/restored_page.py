@@ -5,8 +5,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from common import ranking_report, report, run, sr_judging
-from common.images import MAX_PIXELS, read_image, resize, sheet, write_png
+from common import ranking_report, report, run
+from common.images import MAX_PIXELS, cut, grid, read_image, resize, sheet, write_png
 from common.metrics import AXES
 from common.photos import luma
 from common.restoring import BICUBIC, Picture
@@ -19,18 +19,18 @@ photograph, and overall. It never saw a ground truth, and it can be fooled: trus
 def liveliest(lr: np.ndarray, side: int) -> tuple[int, int]:
     """Corner (y, x) of the part of side x side px of LR with the most contrast, of an even grid."""
     y = luma(lr)
-    return max(sr_judging.grid(*lr.shape[:2], side, 64), key=lambda at: y[at[0]:at[0] + side, at[1]:at[1] + side].std())
+    return max(grid(*lr.shape[:2], side, 64), key=lambda at: y[at[0]:at[0] + side, at[1]:at[1] + side].std())
 
 
 def view(folder: Path, picture: Picture, line: dict, scale: int) -> dict[str, np.ndarray]:
     """LR enlarged by repetition, bicubic, and every output: a part of the picture where something is to be seen."""
     lr, side = read_image(picture.path), VIEW // scale
     corner = liveliest(lr, side)
-    small = sr_judging.crop(lr, corner, side, 1)
+    small = cut(lr, corner, side, 1)
     size = tuple(scale * length for length in small.shape[1::-1])
-    soft = resize(sr_judging.crop(lr, corner, side, 1), size, "bicubic")
+    soft = resize(cut(lr, corner, side, 1), size, "bicubic")
     images = {"LR": resize(small, size, "nearest"), BICUBIC: soft}
-    return images | {name: sr_judging.crop(read_image(folder / made["path"]), corner, side, scale)
+    return images | {name: cut(read_image(folder / made["path"]), corner, side, scale)
                      for name, made in line["outputs"].items()}
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import color_fix, dist, mllm, photos, run, sr_judging, sr_tiles
+from common import color_fix, dist, mllm, photos, run, sr_tiles
 from common.config import fail
-from common.images import read_image, to_pixels, write_png
+from common.images import cut, grid, read_image, to_pixels, write_png
 from common.jobs import write_lines
 from common.metrics import AXES
 from common.mllm import Judge
@@ -94,9 +94,9 @@ def settings_hash(cfg, stage: Path) -> str:
 def score(judge: Judge, side: int, lr: np.ndarray, images: dict[str, np.ndarray], *, limit: int) -> dict[str, dict]:
     """Variant -> axis -> mean score over crops of `side` px, evenly spread, at most `limit`; as stage 03 ranks."""
     scale = len(next(iter(images.values()))) // len(lr)
-    corners = sr_judging.grid(*lr.shape[:2], side // scale, limit)
-    cuts = [sr_judging.crop(lr, at, side // scale, 1) for at in corners]
-    made = [[sr_judging.crop(image, at, side // scale, scale) for image in images.values()] for at in corners]
+    corners = grid(*lr.shape[:2], side // scale, limit)
+    cuts = [cut(lr, at, side // scale, 1) for at in corners]
+    made = [[cut(image, at, side // scale, scale) for image in images.values()] for at in corners]
     scores = mllm.expected_scores(judge, cuts, made).double().mean(0)                           # [variants, 3]
     return {name: dict(zip(AXES, row.numpy().round(4).tolist())) for name, row in zip(images, scores)}
 

@@ -7,8 +7,6 @@ from one end to the other, is seen in parts or not at all.
 
 Shapes: N LR images, M methods, G crops of one image.
 """
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from common import dist, metrics, mllm, run
 from common.dist import mine
-from common.images import resize
+from common.images import cut, grid, resize
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import sample_replies
@@ -24,23 +22,6 @@ from common.sr_folders import BICUBIC, Scene, read
 
 CELLS = 8                               # numbers per image and method, see score_all
 VIEW = 192                              # px, at most, of what is shown of an image around a judged crop
-
-
-def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]]:
-    """Corners (y, x) of at most `limit` crops of side x side px, evenly over the image; in LR px."""
-    rows, columns = math.ceil(height / side), math.ceil(width / side)
-    if rows * columns > limit:
-        rows = max(1, min(rows, limit, round(math.sqrt(limit * rows / columns))))
-        columns = min(columns, limit // rows)
-    corners = [np.linspace(0, max(0, length - side), count).round().astype(int) if count > 1 else
-               [max(0, length - side) // 2] for length, count in ((height, rows), (width, columns))]
-    return [(int(y), int(x)) for y in corners[0] for x in corners[1]]
-
-
-def crop(image: np.ndarray, corner: tuple[int, int], side: int, scale: int) -> np.ndarray:
-    """The part of an output at `corner` of its LR image (LR px); scale 1 for the LR image itself."""
-    y, x = (scale * place for place in corner)
-    return np.ascontiguousarray(image[y:y + scale * side, x:x + scale * side])
 
 
 def score_all(cfg, judge: Judge, scenes: list[Scene], methods: list[str], *, side: int) -> Tensor:
@@ -58,8 +39,8 @@ def score_all(cfg, judge: Judge, scenes: list[Scene], methods: list[str], *, sid
             small = max(1, side // scale)
             corners = grid(*lr.shape[:2], small, cfg.crops_per_image)
             scores = mllm.expected_scores(
-                judge, [crop(lr, at, small, 1) for at in corners],
-                [[crop(images[key], at, small, scale) for key in own] for at in corners],
+                judge, [cut(lr, at, small, 1) for at in corners],
+                [[cut(images[key], at, small, scale) for key in own] for at in corners],
                 groups_per_forward=cfg.groups_per_forward).double()                       # [G, own, 3]
             places = torch.tensor(corners, dtype=torch.float64)
             for column, key in enumerate(own):
@@ -124,7 +105,7 @@ def examples(cfg, judge: Judge, scenes: list[Scene], *, measured: np.ndarray, me
             lr, images = read(scenes[n], BICUBIC in methods)
             scale, places = len(images[method]) // len(lr), measured[n, m, 4:].astype(int).tolist()
             corner, small = tuple(places[2:] if kind == "best" else places[:2]), max(1, side // scale)
-            replies = explain(cfg, judge, crop(lr, corner, small, 1), crop(images[method], corner, small, scale),
+            replies = explain(cfg, judge, cut(lr, corner, small, 1), cut(images[method], corner, small, scale),
                               max_tokens=max_tokens, key=f"{scenes[n].name} {method} {kind}")
             scores = {key: float(measured[n, i, 2]) for i, key in enumerate(methods) if key in images}
             found.append({"method": method, "kind": kind, "image": scenes[n].name, "scores": scores,
@@ -138,6 +119,6 @@ def view(lr: np.ndarray, images: dict[str, np.ndarray], corner: tuple[int, int],
     size = min(max(side, VIEW // top), *lr.shape[:2])
     at = tuple(int(np.clip(place + side // 2 - size // 2, 0, length - size))
                for place, length in zip(corner, lr.shape[:2]))
-    shown = {"LR": crop(lr, at, size, 1)}
-    shown |= {key: crop(image, at, size, len(image) // len(lr)) for key, image in images.items()}
+    shown = {"LR": cut(lr, at, size, 1)}
+    shown |= {key: cut(image, at, size, len(image) // len(lr)) for key, image in images.items()}
     return {key: resize(image, (top * size, top * size), "nearest") for key, image in shown.items()}

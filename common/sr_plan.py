@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import dist, sr_judging, sr_policy
+from common import dist, sr_policy
+from common.images import grid
 from common.sr_policy import Policy
 from common.sr_training import trainable
 
@@ -61,7 +62,7 @@ def show(cfg, policy: Policy, reference: Policy, *, lr: Tensor, scale: int, eval
     passes = (samples + (cfg.max_sample_drop is not None) * cfg.inputs_per_step) * cfg.denoise_steps    # and the floors
     learned = samples * cfg.updates_per_rollout * (cfg.nft_times if cfg.algorithm == "nft" else cfg.window_width)
     side = max(1, cfg.crop // scale) if cfg.crop else max(height, width)
-    crops = len(sr_judging.grid(height, width, side, cfg.crops_per_image))
+    crops = len(grid(height, width, side, cfg.crops_per_image))
     evaluations = 1 + math.ceil(cfg.steps / cfg.eval_every)
     parts = trained * 4 * (5 + (cfg.algorithm == "nft"))        # trained, averaged, best, two moments
     latent = policy.observe(lr, [(cfg.seed, "plan")]).shape[-2:]

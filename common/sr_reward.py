@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import dist, grpo, metrics, mllm, sr_judging, sr_policy
-from common.images import to_pixels
+from common import dist, grpo, metrics, mllm, sr_policy
+from common.images import cut, grid, to_pixels
 
 BOUNDED = {"val_lr_psnr": "LR-PSNR", "val_heldout": "the held-out judge"}
 
@@ -39,10 +39,10 @@ def expected_scores(judge: mllm.Judge, lrs: np.ndarray, samples: np.ndarray, *, 
     """
     scale, (height, width) = samples.shape[-2] // lrs.shape[-2], lrs.shape[1:3]
     side = max(1, crop // scale) if crop else max(height, width)
-    corners = sr_judging.grid(height, width, side, limit)
+    corners = grid(height, width, side, limit)
     scores = mllm.expected_scores(
-        judge, [sr_judging.crop(low, at, side, 1) for low in lrs for at in corners],
-        [[sr_judging.crop(image, at, side, scale) for image in group] for group in samples for at in corners],
+        judge, [cut(low, at, side, 1) for low in lrs for at in corners],
+        [[cut(image, at, side, scale) for image in group] for group in samples for at in corners],
         groups_per_forward=min(16, max(1, at_once // samples.shape[1])))
     return scores.unflatten(0, (len(lrs), len(corners))).mean(1)
 

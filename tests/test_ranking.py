@@ -15,7 +15,7 @@ import torch
 
 from common import metrics, mllm, sr_folders, sr_judging
 from common.config import load_config
-from common.images import read_image, resize, write_png
+from common.images import grid, read_image, resize, write_png
 from common.sr_folders import BICUBIC
 from conftest import load_stage, make_images, run_stage
 
@@ -103,12 +103,12 @@ def test_two_processes_rank_as_one_does(toy_run, toy_config, folders, tmp_path):
 def test_crops_cover_an_image_evenly_and_never_leave_it():
     for height, width, side, limit in ((16, 16, 16, 64), (40, 100, 16, 1000), (7, 50, 16, 64), (16, 16, 16, 1)):
         seen = np.zeros((height, width), int)
-        for y, x in sr_judging.grid(height, width, side, limit):
+        for y, x in grid(height, width, side, limit):
             assert 0 <= y <= max(0, height - side) and 0 <= x <= max(0, width - side)
             seen[y:y + side, x:x + side] += 1
         assert seen.min() >= 1
     for height, width, limit in ((512, 512, 64), (512, 2000, 64), (2000, 30, 7), (300, 300, 1), (100, 3000, 5)):
-        corners = sr_judging.grid(height, width, 16, limit)
+        corners = grid(height, width, 16, limit)
         assert limit / 2 <= len(corners) <= limit and len(set(corners)) == len(corners)
         if limit > 4:
             centers = np.array(corners).mean(0) + 8
