@@ -335,7 +335,7 @@ def prepare(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> tupl
     return plan, {name: facts for result in cut.values() for name, facts in result.items()}, near
 
 
-@run.explained(Config)
+@run.explained()
 def main(cfg: Config) -> None:
     started = time.time()
     if cfg.export:

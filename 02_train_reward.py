@@ -186,7 +186,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
     bad = state.get("bad", 0)
     bar = tqdm(range(first, cfg.cold_start_steps), initial=first, total=cfg.cold_start_steps, desc="cold start",
                disable=not dist.is_main())
-    for step in run.announce(bar, len(bar), "cold start"):
+    for step in bar:
         cohorts = mine(pick(train, cfg.seed, "cold start", step, cfg.cold_start_groups))
         row = supervised_step(judge, cfg, chosen, cohorts, phase="cold start", step=step, steps=cfg.cold_start_steps,
                               final_lr=cfg.cold_start_final_lr)
@@ -285,7 +285,7 @@ def save_merged(stage: Path) -> None:
     print(f"wrote {merged}")
 
 
-@run.explained(Config)
+@run.explained()
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
     to_merge = cfg.merge and not (Path(cfg.run) / Path(__file__).stem / "judge" / "merged").exists()
@@ -344,7 +344,7 @@ def main(cfg: Config) -> None:
     run.trim_metrics(folder, first, "samples.jsonl")
     dist.print0(f"before {cfg.algorithm}: validation pair accuracy {state['cold_start']:.3f}")
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.algorithm, disable=not dist.is_main())
-    for step in run.announce(bar, len(bar), cfg.algorithm):
+    for step in bar:
         if cfg.algorithm == "grpo":
             row, examples = grpo_step(judge, reference, cfg, chosen, train, step)    # 1. to 5.
         else:

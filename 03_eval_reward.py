@@ -141,7 +141,7 @@ def measure(cfg: Config, judge: Judge, source: Path, *, before: Judge, groups: l
     own, seconds = list(zip(mine(groups), mine(others))), 0.0
     starts = range(0, len(own), cfg.groups_per_forward)
     bar = tqdm(starts, desc="score", unit="batch", disable=not dist.is_main())
-    for i in run.announce(bar, len(bar), "score"):
+    for i in bar:
         part, partners = zip(*own[i:i + cfg.groups_per_forward])
         lrs, images, hrs = zip(*(group_images(source, group) for group in part))
         wrong = [group_images(source, group | {"candidates": [], "hr": None})[0] for group in partners]
@@ -171,7 +171,7 @@ def sample(cfg: Config, judge: Judge, source: Path, *, groups: list[dict], max_t
     replies, masses = [torch.zeros(0, count, k, max_tokens, dtype=torch.int64)], [torch.zeros(0, count, len(AXES))]
     digits = judge.digit_ids.expand(count * len(AXES), -1)
     bar = tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main())
-    for group in run.announce(bar, len(bar), "sample"):
+    for group in bar:
         lr, images, _ = group_images(source, group)
         features, grids = mllm.image_features(judge, [[lr, *images]])
         digit_logp = answer_logp(judge, features, grids, [[[] for _ in images]], digits)[2]         # [C * 3, 9]
@@ -317,7 +317,7 @@ def headline(results: dict, images_per_second: float) -> dict:
             "images_per_second": round(images_per_second, 1), **reward_checks.headline(results)}
 
 
-@run.explained(Config)
+@run.explained()
 def main(cfg: Config) -> None:
     if cfg.lr_dir:
         return rank_folders(cfg)

@@ -241,7 +241,7 @@ def paired(source: Path, split: str) -> list[dict]:
     return groups
 
 
-@run.explained(Config)
+@run.explained()
 def main(cfg: Config) -> None:
     started = time.time()
     device = dist.init()
@@ -300,7 +300,7 @@ def main(cfg: Config) -> None:
     run.trim_metrics(folder, first)
     last = state["stopped_at"] or cfg.steps
     bar = tqdm(range(first, last), "GRPO", initial=first, total=last, disable=not dist.is_main())
-    for step in run.announce(bar, len(bar), "GRPO"):
+    for step in bar:
         times = [dist.clock(device)]
         # 1. sample
         own = mine(pick(train, cfg.seed, "sr", step, cfg.inputs_per_step))

@@ -142,7 +142,7 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, *, 
     values, samples, wins, seconds, m = [], [], [], torch.zeros(3, dtype=torch.float64), cfg.seeds_per_image
     starts = range(0, len(groups), cfg.images_per_gpu)
     bar = tqdm(starts, "restore and judge", disable=not dist.is_main())
-    for i in run.announce(bar, len(bar), "restore and judge"):
+    for i in bar:
         batch = groups[i:i + cfg.images_per_gpu]
         lr, names, made = image_batch(source, batch, "lr"), [group["id"] for group in batch], {}
         made["bicubic"] = bicubic(lr, batch[0]["scale"])
@@ -298,7 +298,7 @@ def restore_folder(cfg: Config) -> None:
     dist.finish()
 
 
-@run.explained(Config)
+@run.explained()
 def main(cfg: Config) -> None:
     if cfg.lr_dir:
         return restore_folder(cfg)

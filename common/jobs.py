@@ -50,7 +50,7 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
     begun, left = time.time(), [job for job in jobs if job["id"] not in done]
     with open(log, "a", encoding="utf-8") as file, \
             tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=log.stem, mininterval=1) as bar:
-        for name, result in run.announce(completed(pool, function, left), len(left), log.stem):
+        for name, result in completed(pool, function, left):
             file.write(json.dumps({"id": name, "key": keys[name], "result": result}) + "\n")
             file.flush()
             done[name] = result

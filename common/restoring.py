@@ -129,7 +129,7 @@ def restore_all(cfg, folder: Path, pictures: list[Picture], *, settings: str, po
     own = pictures[dist.rank()::dist.world_size()]
     with open(folder / f"restored_{dist.rank()}.jsonl", "w", encoding="utf-8") as file:
         bar = tqdm(own, desc="restore", unit="image", disable=not dist.is_main())
-        for picture in run.announce(bar, len(own), "restore"):
+        for picture in bar:
             line = {"file": picture.file}
             try:
                 line |= {"sha256": run.sha256(picture.path), "settings": settings}

@@ -39,14 +39,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from common import dist
 from common.config import STAGES, comments_of, fail, read_yaml, save_config
@@ -324,32 +323,6 @@ def print_next(folder: Path) -> None:
     dist.print0(f"{folder.name} is finished: {folder}   (delete that folder to run it again)")
     if folder.name in STAGES[:-1]:
         dist.print0(f"next: {command(STAGES[STAGES.index(folder.name) + 1])}")
-
-
-def duration(seconds: float) -> str:
-    """A time as a person would say it: 40 seconds, 12 minutes, 3.5 hours."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
-    return f"{round(seconds / 60)} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
-
-
-def announce(items: Iterable, left: int, name: str, *, after: float = 10.0) -> Iterator:
-    """
-    Yield the items; after a few of them, one line says how long the rest of all `left` will take at their pace.
-
-    The first item is not counted, as it warms up, and nothing is said in the first `after` seconds: what is over
-    sooner needs no estimate. Under torchrun the main rank's pace counts.
-    """
-    started, said = 0.0, False
-    for done, item in enumerate(items):
-        now = time.time()
-        started = now if done == 1 else started
-        if done >= 3 and not said and now - started >= after:
-            pace, said = (now - started) / (done - 1), True
-            if dist.is_main():
-                tqdm.write(f"{name}: about {duration(pace * (left - done))} more on this machine, at {pace:.2g} s each "
-                           f"of {left - done} (mean of {done - 1} so far)")
-        yield item
 
 
 @contextlib.contextmanager

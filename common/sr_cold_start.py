@@ -111,7 +111,7 @@ def cold_start(policy: Policy, cfg, folder: Path, *, source: Path, groups: list[
     total = cfg.cold_start_steps
     quiet = not dist.is_main()
     bar = tqdm(range(first, total), "cold start", initial=first, total=total, disable=quiet)
-    for step in run.announce(bar, len(bar), "cold start"):
+    for step in bar:
         decay = (1 + math.cos(math.pi * step / total)) / 2
         optimizer.param_groups[0]["lr"] = cfg.cold_start_lr * min(1, (step + 1) / 50) * decay
         loss = cold_start_loss(policy, cfg, source, groups=groups, step=step)

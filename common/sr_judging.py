@@ -31,7 +31,7 @@ def score_all(cfg, judge: Judge, scenes: list[Scene], methods: list[str], *, sid
     """
     table = [torch.zeros(0, len(methods), CELLS, dtype=torch.float64)]
     bar = tqdm(mine(scenes), desc="judge", unit="image", disable=not dist.is_main())
-    for scene in run.announce(bar, len(bar), "judge"):
+    for scene in bar:
         lr, images = read(scene, BICUBIC in methods)
         cells = torch.full((1, len(methods), CELLS), torch.nan, dtype=torch.float64)
         for scale in sorted({len(image) // len(lr) for image in images.values()}):

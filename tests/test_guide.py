@@ -1,5 +1,5 @@
 """
-What a newcomer sees: estimates and curves.png.
+What a newcomer sees: curves.png.
 
 Run     python -m pytest tests/test_guide.py        # 3 s, and a toy run of 01 and 02 if there is none yet
 """
@@ -8,25 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import report, run
+from common import report
 from test_readme import documented
-
-
-def test_an_estimate_is_said_once_after_a_few_items_and_only_if_there_is_time(monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(run.time, "time", lambda: clock[0])
-
-    def walk(count: int, seconds: float) -> str:
-        for item in run.announce(range(count), count, "steps"):
-            clock[0] += 100.0 if item == 0 else seconds             # the first one warms up
-        return capsys.readouterr().out
-
-    said = walk(50, 6.0)
-    assert said == "steps: about 5 minutes more on this machine, at 6 s each of 47 (mean of 2 so far)\n"
-    assert walk(50, 0.1) == "" and walk(3, 60.0) == ""
-    assert [run.duration(s) for s in (0.2, 89, 91, 5000, 2e4)] == [
-        "1 seconds", "89 seconds", "2 minutes", "83 minutes", "5.6 hours"]
-    assert list(run.announce("abc", 3, "x")) == ["a", "b", "c"]
 
 
 def test_curves_show_only_keys_that_the_readme_explains():
