@@ -40,7 +40,7 @@ from common.reward_grpo import advantages, learn, score
 from common.reward_summary import parse_rate, summary
 from common.small_mllm import build_small
 from common.supervised import sft_rank_step, supervised_step
-from common.training import (average, copy_of, count_bad, drop_nonfinite, holding, load_weights, optimizers, resume,
+from common.reward_training import (average, copy_of, count_bad, drop_nonfinite, holding, load_weights, optimizers, resume,
                              save_best, save_checkpoint, trainable, update)
 
 

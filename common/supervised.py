@@ -16,7 +16,7 @@ from common.dist import mine
 from common.groups import Cohort, pick
 from common.mllm import Judge
 from common.replies import encode_images, forward, token_logp
-from common.training import update
+from common.reward_training import update
 
 
 @dataclass

@@ -1,147 +1,190 @@
-"""Optimizers, one update, averaged weights, checkpoints: what the cold start and GRPO of the reward model share."""
+"""
+What the trainings of 02 and 04 share: averaged weights, one update or none, and checkpoints to resume from.
+
+Weights are a dict name -> tensor, such as `trainable(module)`; everything here works on such a dict in place. Sizes do
+not matter, and neither does the number of ranks: gradients are summed, and all ranks take the same decisions.
+
+    <folder>/checkpoints/step_000200/   weights.safetensors  optimizers.pt  state.json (with the sha256 of the others)
+"""
 import contextlib
+import json
+import math
+import pickle
+import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
+import safetensors
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import checkpoints, dist, run, sharding
-from common.checkpoints import list_checkpoints
+from common import dist
 from common.config import fail
-from common.mllm import Judge
-from common.replies import Answers
+from common.run import sha256, write_json
+
+Weights = dict[str, Tensor]
 
 
-def trainable(judge: Judge) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in judge.model.named_parameters() if p.requires_grad}
+# weights -----------------------------------------------------------------------------------------------------------
+
+def trainable(module: nn.Module) -> Weights:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def load_weights(judge: Judge, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, p in trainable(judge).items():
-            p.copy_(sharding.shard_like(p, weights[name]))
-
-
-def copy_of(judge: Judge) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainable(judge).items()}
+def copied(weights: Weights) -> Weights:
+    """Detached copies."""
+    return {name: p.detach().clone() for name, p in weights.items()}
 
 
 @torch.no_grad()
-def average(averaged: dict[str, Tensor], judge: Judge, *, decay: float, step: int) -> None:
-    """averaged <- d averaged + (1 - d) weights, in place; d rises to `decay`, so that the start is soon forgotten."""
-    decay = min(decay, (step + 1) / (step + 10))
-    for name, p in trainable(judge).items():
-        averaged[name].lerp_(p, 1 - decay)
+def average(averaged: Weights, weights: Weights, decay: float) -> None:
+    """averaged <- decay averaged + (1 - decay) weights, in place; decay 0 copies."""
+    for name, tensor in averaged.items():
+        tensor.lerp_(weights[name], 1 - decay)
 
 
 @contextlib.contextmanager
-def holding(judge: Judge, weights: dict[str, Tensor]):
-    """Inside, the judge has these weights, all of them on every rank; afterwards its own again, in shards if it was."""
-    own = copy_of(judge)
-    load_weights(judge, weights)
-    with sharding.gathered(judge):
+def swapped(weights: Weights, others: Weights):
+    """Inside, the parameters `weights` have the values of `others`, and the reverse; afterwards all is as it was."""
+    def swap() -> None:
+        for name, p in weights.items():
+            p.data, others[name].data = others[name].data, p.data
+
+    swap()
+    try:
         yield
-    load_weights(judge, own)
+    finally:
+        swap()
 
 
-def optimizers(judge: Judge, lr: float, weight_decay: float, *, muon_lr: float | None = None) -> dict:
-    """AdamW; with muon_lr, Muon (torch's) for the matrices and AdamW for embeddings, head, filters, norms, biases."""
-    weights, muon = trainable(judge), {}
-    if muon_lr:
-        muon = {n: p for n, p in weights.items() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n}
-    rest = [p for name, p in weights.items() if name not in muon]
-    chosen = {"adamw": torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))}
-    if muon:
-        chosen["muon"] = torch.optim.Muon(muon.values(), lr=muon_lr, weight_decay=weight_decay)
-    for optimizer in chosen.values():
+# updates -----------------------------------------------------------------------------------------------------------
+
+def cosine(progress: float, final: float) -> float:
+    """Factor of the learning rate: 1 at progress 0, falling along a cosine to `final` at progress 1."""
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_lr(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
+    """Learning rate of every group: the one it was made with, times factor."""
+    for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return chosen
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
-def update(judge: Judge, chosen: dict, grad_norm: float, *, bad: float, progress: float, warmup: float,
-           final_lr: float) -> tuple[float, int]:
+def update(weights: Weights, optimizers: dict[str, torch.optim.Optimizer], max_norm: float, *,
+           bad: float = 0.0) -> tuple[float, int]:
     """
-    Sum gradients over ranks, clip, and step, or skip it on all ranks; returns their norm before the clip, 1 if skipped.
+    Sum the gradients over ranks, clip their norm, and step, or skip the step; gradients are cleared either way.
 
-    bad: how many losses and rewards of this rank were not finite. One of them on any rank skips, as does a norm that is
-    not finite. Learning rate: linear warm-up (`warmup` 0..1), then a cosine from the peak to final_lr of it at the end.
+    bad: how many losses or rewards of this rank were not finite. One on any rank, or a norm that is not finite, skips
+    the update on all ranks. Returns the norm before the clip, and 1 if the update was skipped, else 0.
     """
-    weights = list(trainable(judge).values())
-    dist.sum_gradients(weights)
-    norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in weights]))
-    torch.nn.utils.clip_grads_with_norm_(weights, grad_norm, norm)
+    dist.sum_gradients(weights.values())
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), max_norm)
     good = bool(norm.isfinite()) and not dist.all_sum(torch.tensor(float(bad)))
-    factor = final_lr + (1 - final_lr) * (1 + float(np.cos(np.pi * progress))) / 2
-    for optimizer in chosen.values():
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1, warmup) * factor
+    for optimizer in optimizers.values():
         if good:
             optimizer.step()
         optimizer.zero_grad()
     return float(norm), int(not good)
 
 
-def with_average(judge: Judge, averaged: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint."""
-    return trainable(judge) | {f"averaged.{name}": tensor for name, tensor in averaged.items()}
+def count_bad_steps(count: int, reason: str, *, folder: Path, step: int) -> int:
+    """
+    How many steps in a row were of no use: 0 without a reason, else count + 1; the third stops the run on all ranks.
 
-
-def resume(judge: Judge, averaged: dict[str, Tensor], chosen: dict, folder: Path) -> tuple[int, dict]:
-    """Load the newest checkpoint, if any, into the judge, the averaged weights, the optimizers: (next step, state)."""
-    found = checkpoints.latest_checkpoint(folder)
-    if not found:
-        return 0, {}
-    step, weights, moments, state = found
-    checkpoints.require_fit(weights, with_average(judge, averaged), folder / "checkpoints")
-    load_weights(judge, weights)
-    for name, tensor in averaged.items():
-        tensor.copy_(sharding.shard_like(tensor, weights[f"averaged.{name}"]))
-    for name, optimizer in chosen.items():
-        optimizer.load_state_dict(moments[name])
-        for p, own in optimizer.state.items():
-            own |= {key: sharding.shard_like(p, value) for key, value in own.items() if value.shape == p.shape}
-    dist.print0(f"resumes {folder} at step {step}")
-    return step, state
-
-
-def save_checkpoint(judge: Judge, averaged: dict, chosen: dict, folder: Path, *, step: int, state: dict) -> None:
-    """Whole tensors, also of shards, so that any number of processes can go on from it."""
-    weights = with_average(judge, averaged)
-    if not sharding.units(judge):                       # of a shard there is no second copy to compare
-        dist.assert_same_weights(weights.items())
-    moments = {name: optimizer.state_dict() for name, optimizer in chosen.items()}
-    weights, moments = sharding.whole([weights, moments], main_only=True)
-    checkpoints.save_checkpoint(folder, step, weights=weights, optimizer=moments, state=state)
-
-
-def drop_nonfinite(answers: Answers) -> int:
-    """Make every reward of a cohort that is not finite NaN, no reward, and count them; axes and digits may lack one."""
-    wrong = {name: vars(answers)[name].isinf() for name in ("digit_rewards", "axis_rewards")}
-    wrong["reply_rewards"] = ~answers.reply_rewards.isfinite()
-    for name, mask in wrong.items():
-        vars(answers)[name] = vars(answers)[name].masked_fill(mask, torch.nan)
-    return sum(int(mask.sum()) for mask in wrong.values())
-
-
-def count_bad(bad: int, row: dict, folder: Path, step: int) -> int:
-    """Steps in a row with an update that was skipped; the third stops the run on all ranks alike."""
-    if not row["skipped_updates"]:
+    reason: why this step's update was skipped, in words; empty if it was not.
+    """
+    if not reason:
         return 0
-    found = [f"{float(row[name]):.0f} {name}" for name in ("nonfinite_losses", "nonfinite_rewards") if row.get(name)]
-    reason = ", ".join([*found, f"grad_norm {row['grad_norm']:.3g}"])
     dist.print0(f"step {step}: the update was skipped: {reason}")
-    if bad == 2:
+    if count == 2:
         last = ["none yet", *list_checkpoints(folder)][-1]
         fail(f"{folder}: three steps in a row without a usable update ({reason}); last good checkpoint: {last}; "
-                 "lower the learning rate or raise warmup_steps in a new run=")
-    return bad + 1
+             "lower the learning rate or raise warmup_steps in a new run=")
+    return count + 1
 
 
-def save_best(judge: Judge, folder: Path) -> None:
-    """best.safetensors: the trainable weights with the highest validation accuracy so far."""
-    weights = sharding.whole(trainable(judge), main_only=True)
+# checkpoints -------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(folder: Path, step: int, *, weights: Weights, optimizers: dict[str, torch.optim.Optimizer],
+                    state: dict) -> None:
+    """
+    Write <folder>/checkpoints/step_<step>/, whole or not at all, and keep the newest two; every rank calls it.
+
+    step: number of finished steps, so the next one to run. state: what else the loop needs, as JSON. Random numbers are
+    functions of (seed, step, item), so there is nothing random to save. Stops if the ranks' weights differ.
+    """
+    dist.assert_same_weights(weights.items())
+    if not dist.is_main():
+        return
+    path = folder / "checkpoints" / f"step_{step:06d}"
+    partial = Path(f"{path}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)                  # of a run that was killed while saving
+    partial.mkdir(parents=True)
+    tensors = {name: p.detach().cpu().clone().contiguous() for name, p in weights.items()}      # tied ones come apart
+    safetensors.torch.save_file(tensors, partial / "weights.safetensors")
+    torch.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()}, partial / "optimizers.pt")
+    sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+    write_json(partial / "state.json", {**state, "step": step, "sha256": sums})
+    shutil.rmtree(path, ignore_errors=True)                     # a damaged one that this run did not start from
+    partial.rename(path)
+    for old in list_checkpoints(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a stage, oldest first."""
+    paths = [path for path in (folder / "checkpoints").glob("step_*") if path.suffix != ".tmp"]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+@torch.no_grad()
+def resume(folder: Path, weights: Weights, optimizers: dict[str, torch.optim.Optimizer]) -> tuple[int, dict]:
+    """
+    Load the newest checkpoint into weights and optimizers: (next step, state), or (0, {}) if there is none yet.
+
+    A damaged checkpoint is named on stderr and the one before it is used. Stops with one line if all are damaged, or if
+    the newest is of another model.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            state, tensors, moments = load_checkpoint(path)
+            break
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError, EOFError, pickle.UnpicklingError,
+                safetensors.SafetensorError) as error:
+            if dist.is_main():
+                print(f"warning: {path} is damaged ({error})", file=sys.stderr, flush=True)
+    else:
+        if paths:
+            fail(f"{folder / 'checkpoints'}: all checkpoints are damaged: delete that folder, and the same command "
+                 "trains again from the start")
+        return 0, {}
+    for name, tensor in weights.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            fail(f"{path}: {name} is missing or of another size: it is of another model, or of another version of this "
+                 "code; use another run=")
+        tensor.copy_(tensors[name])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(moments[name])
+    dist.print0(f"resumes {folder} at step {state['step']}")
+    return state["step"], state
+
+
+def load_checkpoint(path: Path) -> tuple[dict, Weights, dict]:
+    """(state, weights, state_dict of each optimizer) on the CPU; raises one of many errors if a file is damaged."""
+    state = json.loads((path / "state.json").read_text())
+    for name, digest in state.pop("sha256").items():
+        if sha256(path / name) != digest:
+            raise ValueError(f"the checksum of {name} does not fit")
+    moments = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+    return state, safetensors.torch.load_file(path / "weights.safetensors"), moments
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a part of a stage that is finished."""
     if dist.is_main():
-        own = {name: p.detach().cpu().clone() for name, p in weights.items()}  # NumPy would pin a gathered one
-        run.save_tensors(folder / "best.safetensors", own)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)

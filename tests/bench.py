@@ -41,7 +41,7 @@ from common.replies import Images, answer_logp, encode, generate, look_at
 from common.small_mllm import build_small
 from common.sr_cold_start import fit_sampler
 from common.sr_policy import Policy
-from common.training import optimizers
+from common.reward_training import optimizers
 
 LRS, CANDIDATES, SIZE, TOKENS = 2, 4, 256, 32
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # processes start this file, see the end
-from common import checkpoints, dist, grpo, sharding, training
+from common import checkpoints, dist, grpo, reward_training, sharding
 from common.cohorts import evaluate
 from common.dist import mine
 from common.groups import Cohort, pick
@@ -43,8 +43,8 @@ class Trainee:
         self.reference.model.requires_grad_(False)
         if fsdp:
             sharding.shard(self.judge), sharding.shard(self.reference)
-        self.averaged = training.copy_of(self.judge)
-        self.chosen = training.optimizers(self.judge, self.cfg.lr, self.cfg.weight_decay)
+        self.averaged = reward_training.copy_of(self.judge)
+        self.chosen = reward_training.optimizers(self.judge, self.cfg.lr, self.cfg.weight_decay)
         self.cohorts = build_cohorts(5)
 
     def supervise(self, step: int, cohorts: list[Cohort] | None = None) -> dict:
@@ -68,22 +68,22 @@ class Trainee:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in
-                sharding.whole(dict(training.trainable(self.judge))).items()}
+                sharding.whole(dict(reward_training.trainable(self.judge))).items()}
 
     def save(self, folder: Path) -> None:
-        training.save_checkpoint(self.judge, self.averaged, self.chosen, folder, step=2, state={})
+        reward_training.save_checkpoint(self.judge, self.averaged, self.chosen, folder, step=2, state={})
 
     def run(self) -> dict:
         """What must not depend on the number of processes; all ranks' answers are put together by `launch`."""
         found = {"answers": self.answers(), "rows": [self.supervise(0), self.supervise(1), self.grpo(0)]}
-        training.average(self.averaged, self.judge, decay=0.9, step=2)
-        with training.holding(self.judge, self.averaged):
+        reward_training.average(self.averaged, self.judge, decay=0.9, step=2)
+        with reward_training.holding(self.judge, self.averaged):
             found["scores"] = evaluate(self.judge, self.cohorts[3:])
         return found | {"weights": self.weights()}
 
     def go_on(self, folder: Path) -> dict:
         """Load a checkpoint and take one more step."""
-        assert training.resume(self.judge, self.averaged, self.chosen, folder)[0] == 2
+        assert reward_training.resume(self.judge, self.averaged, self.chosen, folder)[0] == 2
         held = {f"averaged.{name}": value.clone() for name, value in sharding.whole(self.averaged).items()}
         return {"rows": [self.grpo(2)], "weights": self.weights() | held}
 
@@ -92,10 +92,10 @@ def on_ranks(folder: Path) -> None:
     """What each process of `launch` does; its results go to a file."""
     trainee = Trainee()
     found = {"plain": trainee.run()}
-    dist.assert_same_weights(training.trainable(trainee.judge).items())
+    dist.assert_same_weights(reward_training.trainable(trainee.judge).items())
     if dist.world_size() == 2:
         sharded = Trainee(fsdp=True)
-        held = sum(p.to_local().numel() for p in training.trainable(sharded.judge).values())
+        held = sum(p.to_local().numel() for p in reward_training.trainable(sharded.judge).values())
         found |= {"sharded": sharded.run(), "held": held}
         sharded.save(folder / "two")
         found["moments"] = sum(value.to_local().numel() for p, own in sharded.chosen["adamw"].state.items()
@@ -179,7 +179,7 @@ def test_shards_train_what_one_whole_model_does(one, two):
     for rank in two:
         assert_alike(rank["sharded"], alone, lr_steps=4e-3)
         assert rank["sharded"]["scores"] == alone["scores"]
-    total = sum(p.numel() for p in training.trainable(trainee.judge).values())
+    total = sum(p.numel() for p in reward_training.trainable(trainee.judge).values())
     assert sum(rank["held"] for rank in two) == total and two[0]["held"] < 0.6 * total
     assert [rank["moments"] for rank in two] == [2 * rank["held"] for rank in two]
 
@@ -202,19 +202,19 @@ def test_the_third_bad_step_in_a_row_ends_the_run_and_names_the_last_checkpoint(
     trainee, bad, cohorts = Trainee(), 0, build_cohorts(2)
     cohorts[1].targets[0] = np.inf
     for step in range(2):
-        bad = training.count_bad(bad, trainee.supervise(step, cohorts), tmp_path, step)
-    assert bad == 2 and training.count_bad(bad, trainee.supervise(2), tmp_path, 2) == 0     # a good one between
+        bad = reward_training.count_bad(bad, trainee.supervise(step, cohorts), tmp_path, step)
+    assert bad == 2 and reward_training.count_bad(bad, trainee.supervise(2), tmp_path, 2) == 0     # a good one between
     assert "step 1: the update was skipped: 1 nonfinite_losses, grad_norm nan" in capsys.readouterr().out
     for folder, named in ((tmp_path, "none yet"), (one[0] / "one", checkpoints.list_checkpoints(one[0] / "one")[-1])):
         with pytest.raises(SystemExit):
-            training.count_bad(2, trainee.supervise(3, cohorts), folder, 3)
+            reward_training.count_bad(2, trainee.supervise(3, cohorts), folder, 3)
         assert "three steps in a row without a usable update (1 nonfinite_losses, grad_norm nan); last good " \
                f"checkpoint: {named};" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_averaged_weights_is_refused_with_one_line(tmp_path, capsys):
     trainee = Trainee()
-    checkpoints.save_checkpoint(tmp_path, 2, weights=training.trainable(trainee.judge), optimizer={}, state={})
+    checkpoints.save_checkpoint(tmp_path, 2, weights=reward_training.trainable(trainee.judge), optimizer={}, state={})
     with pytest.raises(SystemExit):
         trainee.go_on(tmp_path)
     assert "lacks averaged." in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_a_model_that_computes_nan_is_noticed_in_both_phases():
     assert trainee.supervise(0)["skipped_updates"] == 1
     row = trainee.grpo(0)
     assert row["nonfinite_losses"] == 6 and row["skipped_updates"] == 2           # three LR images, two passes
-    assert training.count_bad(0, row, Path(), 0) == 1
+    assert reward_training.count_bad(0, row, Path(), 0) == 1
 
 
 if __name__ == "__main__":                                              # one rank of `launch`

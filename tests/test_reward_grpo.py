@@ -15,7 +15,7 @@ from common import grpo, metrics, mllm, reward_grpo, reward_summary, rewards, su
 from common.cohorts import evaluate
 from common.groups import Cohort
 from common.replies import Answers, answer_logp, encode_images, look_at
-from common.training import average, copy_of, holding, optimizers
+from common.reward_training import average, copy_of, holding, optimizers
 from conftest import build_judge, load_stage, make_images
 
 KL = 0.3

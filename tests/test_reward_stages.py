@@ -24,7 +24,7 @@ from common.groups import Cohort, group_images, label_arrays, load_cohorts, load
 from common.images import read_image
 from common.metrics import AXES
 from common.replies import sample_replies
-from common.training import optimizers
+from common.reward_training import optimizers
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage, tree
 
 CPU = torch.device("cpu")
