@@ -36,8 +36,8 @@ from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, 
 from common.config import BOOLS, fail, load_config
 from common.contact_sheet import contact_sheet, rows_of
 from common.groups import SPLITS
-from common.images import read_image, resize, to_float, to_uint8, write_png
-from common.jobs import run_jobs, stamp, start_pool, write_lines
+from common.images import find, luma, read_image, resize, to_float, to_uint8, write_png
+from common.jobs import run_jobs, stamp, start_pool
 from common.metrics import AXES
 
 CROP_TRIES = 20
@@ -135,7 +135,7 @@ class Config:
 
 def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
     """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl."""
-    found = photos.find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
+    found = find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
     jobs = [{"id": path, "path": path, "key": stamp([path])} for path in (str(own) for _, own in found)]
     survey = partial(photos.survey, crop_size(cfg), cfg.min_detail)
     facts = run_jobs(pool, survey, jobs, log=folder / "progress" / "survey.jsonl")
@@ -151,7 +151,7 @@ def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None)
         usable.append({"source": source, "path": str(path)} | fact)
     if skipped and cfg.strict:
         fail(f"{skipped[0]['path']}: {skipped[0]['reason']}: repair or remove it, or set strict=false")
-    write_lines(folder / "skipped.jsonl", skipped)
+    run.write_lines(folder / "skipped.jsonl", skipped)
     print(f"{len(usable)} pictures, {len(skipped)} skipped" + (", see skipped.jsonl" if skipped else ""))
     if not usable:
         fail(f"{cfg.hr_dir or cfg.lr_dir}: none of {len(found)} pictures can be used, the first because "
@@ -221,7 +221,7 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
         x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         flip = bool(rng.integers(2))
         crop = resize(image[y:y + side, x:x + side], (size, size), "bicubic")
-        contrast = float(photos.luma(crop).std())
+        contrast = float(luma(crop).std())
         if contrast > best[0]:
             best = contrast, crop[:, ::-1] if flip else crop, {"x": x, "y": y, "side": side, "flipped": flip}
         if contrast >= cfg.min_detail:
@@ -295,7 +295,7 @@ def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.n
 
 def finish(folder: Path, groups: list[dict], near: list[dict], *, started: float, answers: dict | None) -> None:
     """The data set, a picture of it, its quality, and the headline numbers. answers: of the label model."""
-    write_lines(folder / "groups.jsonl", groups)
+    run.write_lines(folder / "groups.jsonl", groups)
     contact_sheet(folder, groups)
     results = {"groups": len(groups), "candidates": sum(len(group["candidates"]) for group in groups)}
     found = quality.check(groups, near, answers)
@@ -384,7 +384,7 @@ def main(cfg: Config) -> None:
     answers = None
     if cfg.label == "mllm":
         if dist.is_main():
-            write_lines(folder / "groups.jsonl", groups)  # for the other ranks
+            run.write_lines(folder / "groups.jsonl", groups)  # for the other ranks
         dist.barrier()
         mllm_labels.ask_all(cfg, folder, device)
         dist.barrier()

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (color_fix, degrade, dist, iqa, metrics, mllm, photos, restored_page, restoring, run, sr_policy,
+from common import (color_fix, degrade, dist, iqa, metrics, mllm, restored_page, restoring, run, sr_policy,
                     sr_report, sr_reward, sr_statistics, sr_variants)
 from common.config import fail, load_config, read_yaml
 from common.dist import mine
 from common.groups import image_batch, judged_on, load_groups, require_one_size
-from common.images import listed, read_image, sheet, to_pixels, write_png
+from common.images import find, listed, read_image, sheet, to_pixels, write_png
 from common.metrics import held_out
 from common.sr_policy import Policy
 from common.sr_report import COMPARED
@@ -234,7 +234,7 @@ def photographs(cfg: Config, made_with: dict, policy: Policy) -> dict[str, Path]
         fail(f"large_size={cfg.large_size}: should be a multiple of {unit}, scale={scale} times {policy.multiple}, "
                  "of which sides of LR are multiples for this policy; or set large_crops=0")
     policy.observe(torch.zeros(1, 3, side, side, device=policy.times.device), [(cfg.seed,)])    # may be too large
-    return dict(photos.find(hr_dir, "hr_dir"))
+    return dict(find(hr_dir, "hr_dir"))
 
 
 def large_crops(cfg: Config, policies: dict[str, Policy], made_with: dict, *, found: dict[str, Path],

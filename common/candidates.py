@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, median_filter
 
 from common.degrade import blur, jpeg, kernel
-from common.images import resize
+from common.images import resize, to_uint8
 from common.metrics import down
 
 RESAMPLERS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -19,6 +19,16 @@ POST_FILTERS = ("none", "unsharp", "median", "denoise")
 INCONSISTENT = ("warp", "color_drift", "foreign", "texture")
 UNNATURAL = ("blur", "motion_blur", "ringing", "oversharpen", "noise", "gray_noise", "jpeg", "mosaic", "smear",
              "grain")
+
+# Hacking probes of 03: name -> axis that it hurts, what was done to HR. Fixed strengths, plainly visible at 64 px and
+# inside the range that stage 01 trains on, so that a probe tests the judge and not the eye.
+PROBES = {
+    "oversharpened": ("naturalness", "unsharp mask: Gaussian of 1.5 px, gain 2"),
+    "noisy": ("naturalness", "Gaussian noise in every channel, sigma 0.06 of 1"),
+    "texture": ("consistency", "detail of another photograph on top: its luma minus a Gaussian of 4 px, std 0.12 of 1"),
+    "color": ("consistency", "red x 1.15, blue x 0.85"),
+    "swapped": ("consistency", "the middle quarter shows another photograph, in the colors of this one"),
+    "bicubic": ("naturalness", "LR up-sampled instead")}
 
 
 def amount(strength: float, low: float, high: float) -> float:
@@ -149,3 +159,22 @@ def line_kernel(length: float, angle: float) -> np.ndarray:
     along, across = x * math.cos(angle) + y * math.sin(angle), -x * math.sin(angle) + y * math.cos(angle)
     weights = np.clip(length / 2 + 0.5 - np.abs(along), 0, 1) * np.clip(1 - np.abs(across), 0, 1)
     return weights / weights.sum()
+
+
+def tamper(hr: np.ndarray, lr: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """One uint8 image per entry of PROBES, in its order, of an HR image, its LR image and another HR image."""
+    (height, width), image = hr.shape[:2], hr / 255.0
+    other = other if other.shape == hr.shape else resize(other, (width, height), "bicubic")
+    foreign = other / 255.0
+    gray = foreign.mean(axis=2, keepdims=True)
+    detail = gray - smooth(gray, 4.0)
+    top, left = height // 4, width // 4
+    swapped = image.copy()
+    inside = slice(top, top + height // 2), slice(left, left + width // 2)
+    swapped[inside] = match_colors(foreign, image)[inside]
+    changed = (image + 2 * (image - smooth(image, 1.5)),
+               image + 0.06 * rng.standard_normal(image.shape),
+               image + 0.12 / max(float(detail.std()), 0.02) * detail,
+               image * np.array([1.15, 1.0, 0.85]),
+               swapped)
+    return [*map(to_uint8, changed), resize(lr, (width, height), "bicubic")]

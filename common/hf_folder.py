@@ -14,7 +14,7 @@ from common import run
 from common.config import fail
 from common.groups import SPLITS, files_of, load_groups, wrong_record
 from common.import_tables import SPLIT_NAMES, rank_label, score_label
-from common.jobs import write_lines
+from common.run import write_lines
 from common.metrics import AXES
 from common.run import read_json
 from common.tables import number, parse_json, picture, read_json_lines

@@ -20,7 +20,7 @@ from common import agreement, judgements, metrics, quality, run
 from common.config import fail
 from common.contact_sheet import contact_sheet
 from common.groups import SPLITS, all_groups
-from common.jobs import write_lines
+from common.run import write_lines
 from common.run import plain
 
 PRIOR = 1.5                     # log odds; one judgement then pulls two candidates apart by about 1

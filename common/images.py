@@ -17,11 +17,14 @@ import warnings
 import zlib
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import skimage
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from common import run
+from common.config import fail
 
 MAX_PIXELS = 100_000_000
 # nothing else is tried: some of Pillow's formats run other programs, whatever a file is called
@@ -30,6 +33,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError,
                  ArithmeticError, AttributeError, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+# real photographs inside scikit-image's wheel: no drawings, masks, text pages, out-of-focus or tiny pictures
+SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+           "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
+           "motorcycle_right.png", "retina.jpg", "rocket.jpg")
+SAME_SCENE = {"motorcycle_left": "motorcycle", "motorcycle_right": "motorcycle"}    # two cameras, one source
 FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
            "lanczos": Image.LANCZOS}
 HEADER = 18                         # px, height of the line of column titles
@@ -39,6 +47,24 @@ GAP = 4                             # px between cells
 def listed(root: Path) -> list[Path]:
     """All pictures below a folder, by suffix; a broken link is one of them, so that it is named as skipped."""
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+
+
+def find(folder: str, key: str) -> list[tuple[str, Path]]:
+    """
+    (source name, path) of every picture in a folder; `skimage`: the photographs in scikit-image's wheel and
+    one in matplotlib's. Pictures of one source share a split. `key` is the setting that errors name.
+    """
+    if folder == "skimage":
+        paths = [Path(skimage.__file__).parent / "data" / name for name in SKIMAGE]
+        paths.append(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+        return [(SAME_SCENE.get(path.stem, path.stem), path) for path in paths]
+    root = Path(folder)
+    if not root.is_dir():
+        fail(f"{key}: {root} is not a folder: give a folder of pictures")
+    paths = listed(root)
+    if not paths:
+        fail(f"{key}: {root} holds no picture ({' '.join(SUFFIXES)}): give a folder of pictures")
+    return [(path.relative_to(root).with_suffix("").as_posix(), path) for path in paths]
 
 
 def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
@@ -128,6 +154,11 @@ def resize(image: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
 def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 0..255 or float 0..1 -> float64 0..1."""
     return image / 255.0 if image.dtype == np.uint8 else image.astype(np.float64)
+
+
+def luma(image: np.ndarray) -> np.ndarray:
+    """Brightness of [H, W, 3] in its own range, float64 [H, W] (ITU-R BT.601)."""
+    return image @ np.array([0.299, 0.587, 0.114])
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
             if record["key"] == keys.get(record["id"], record["key"]):  # those of other jobs stay
                 done[record["id"]] = record["result"]
                 kept.append(record)
-    write_lines(log, kept)
+    run.write_lines(log, kept)
     begun, left = time.time(), [job for job in jobs if job["id"] not in done]
     with open(log, "a", encoding="utf-8") as file, \
             tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=log.stem, mininterval=1) as bar:
@@ -82,8 +82,3 @@ def completed(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict]
     finally:
         for future in futures:
             future.cancel()                                 # after a failure: do not start the rest
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """One JSON object per line; the file appears whole or not at all."""
-    run.write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())

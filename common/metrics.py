@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import bootstrap, spearmanr
 from skimage.metrics import structural_similarity
 
-from common.images import to_float
+from common.images import luma, to_float
 
 AXES = ("consistency", "naturalness", "overall")
 # chosen by looking at sheets of candidates sorted by score, on training photographs
@@ -109,13 +109,13 @@ def detail_energies(image: np.ndarray) -> np.ndarray:
     squared mean magnitude (noise spreads energy, edges gather it), and fine chroma. Pooled: texture may move a little.
     """
     x = to_float(image)
-    luma = x @ np.array([0.299, 0.587, 0.114])
+    brightness = luma(x)
     bands = []
     for width, gain in DETAIL_WIDTHS:
-        y = gain * (gaussian_filter(luma, width, mode="reflect") if width else luma)
+        y = gain * (gaussian_filter(brightness, width, mode="reflect") if width else brightness)
         across, along = np.diff(y, axis=1, append=y[:, -1:]), np.diff(y, axis=0, append=y[-1:])
         bands += [across, along, np.diff(across, axis=0, append=across[-1:])]
-    bands, chroma = np.stack(bands), np.stack([x[..., 2] - luma, x[..., 0] - luma])    # [6, H, W], [2, H, W]
+    bands, chroma = np.stack(bands), np.stack([x[..., 2] - brightness, x[..., 0] - brightness])    # [6, H, W], [2, H, W]
     chroma = chroma - gaussian_filter(chroma, (0, 1.5, 1.5), mode="reflect")
     return np.concatenate([pool(bands**2), pool(np.abs(bands)) ** 2, pool((chroma**2).mean(0)[None])])
 

@@ -1,43 +1,11 @@
 """Where crops come from: finding pictures, what can be used of them, their splits, their share."""
 import hashlib
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-import skimage
 
 from common import duplicates
 from common.config import fail, nearest
-from common.images import SUFFIXES, listed, read_image
-
-# real photographs inside scikit-image's wheel: no drawings, masks, text pages, out-of-focus or tiny pictures
-SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-           "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
-           "motorcycle_right.png", "retina.jpg", "rocket.jpg")
-SAME_SCENE = {"motorcycle_left": "motorcycle", "motorcycle_right": "motorcycle"}    # two cameras, one source
-
-
-def find(folder: str, key: str) -> list[tuple[str, Path]]:
-    """
-    (source name, path) of every picture in a folder; `skimage`: the photographs in scikit-image's wheel and
-    one in matplotlib's. Pictures of one source share a split. `key` is the setting that errors name.
-    """
-    if folder == "skimage":
-        paths = [Path(skimage.__file__).parent / "data" / name for name in SKIMAGE]
-        paths.append(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
-        return [(SAME_SCENE.get(path.stem, path.stem), path) for path in paths]
-    root = Path(folder)
-    if not root.is_dir():
-        fail(f"{key}: {root} is not a folder: give a folder of pictures")
-    paths = listed(root)
-    if not paths:
-        fail(f"{key}: {root} holds no picture ({' '.join(SUFFIXES)}): give a folder of pictures")
-    return [(path.relative_to(root).with_suffix("").as_posix(), path) for path in paths]
-
-
-def luma(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> float64 [H, W], 0..255."""
-    return image @ np.array([0.299, 0.587, 0.114])
+from common.images import luma, read_image
 
 
 def survey(size: int, min_detail: float, job: dict) -> dict:

@@ -1,9 +1,7 @@
 """
 Hacking probes: the HR image of an unseen photograph, tampered with as a policy would that hunts for reward.
 
-An honest judge scores every probe below HR, the honest candidate. Strengths are fixed (PROBES says which), chosen to be
-plainly visible at 64 px and inside the range that stage 01 trains on, so that a probe is a test of the judge and not of
-the eye. `bicubic` is LR up-sampled: nothing invented, nothing restored.
+An honest judge scores every probe below HR, the honest candidate. candidates.PROBES says what is done to it.
 """
 from pathlib import Path
 
@@ -12,40 +10,13 @@ import torch
 from tqdm import tqdm
 
 from common import dist, mllm, run
-from common.candidates import match_colors, smooth
+from common.candidates import PROBES, tamper
 from common.dist import mine
 from common.groups import group_images
-from common.images import resize, sheet, to_uint8
+from common.images import sheet
 from common.metrics import AXES
 from common.mllm import Judge
 from common.reward_stats import rate
-
-PROBES = {                              # name -> axis that it hurts, what was done to HR
-    "oversharpened": ("naturalness", "unsharp mask: Gaussian of 1.5 px, gain 2"),
-    "noisy": ("naturalness", "Gaussian noise in every channel, sigma 0.06 of 1"),
-    "texture": ("consistency", "detail of another photograph on top: its luma minus a Gaussian of 4 px, std 0.12 of 1"),
-    "color": ("consistency", "red x 1.15, blue x 0.85"),
-    "swapped": ("consistency", "the middle quarter shows another photograph, in the colors of this one"),
-    "bicubic": ("naturalness", "LR up-sampled instead")}
-
-
-def tamper(hr: np.ndarray, lr: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """One uint8 image per entry of PROBES, in its order, of an HR image, its LR image and another HR image."""
-    (height, width), image = hr.shape[:2], hr / 255.0
-    other = other if other.shape == hr.shape else resize(other, (width, height), "bicubic")
-    foreign = other / 255.0
-    gray = foreign.mean(axis=2, keepdims=True)
-    detail = gray - smooth(gray, 4.0)
-    top, left = height // 4, width // 4
-    swapped = image.copy()
-    inside = slice(top, top + height // 2), slice(left, left + width // 2)
-    swapped[inside] = match_colors(foreign, image)[inside]
-    changed = (image + 2 * (image - smooth(image, 1.5)),
-               image + 0.06 * rng.standard_normal(image.shape),
-               image + 0.12 / max(float(detail.std()), 0.02) * detail,
-               image * np.array([1.15, 1.0, 0.85]),
-               swapped)
-    return [*map(to_uint8, changed), resize(lr, (width, height), "bicubic")]
 
 
 def probe_images(source: Path, group: dict, other: dict, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:

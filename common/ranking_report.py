@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from common import calibration, report, run
 from common.images import sheet, write_png
-from common.jobs import write_lines
+from common.run import write_lines
 from common.metrics import AXES
 from common.reward_report import SHOWN, error_bars, interval, png, table, told
 from common.sr_folders import BICUBIC, Scene

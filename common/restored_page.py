@@ -8,7 +8,7 @@ import numpy as np
 from common import ranking_report, report, run
 from common.images import MAX_PIXELS, cut, grid, read_image, resize, sheet, write_png
 from common.metrics import AXES
-from common.photos import luma
+from common.images import luma
 from common.restoring import BICUBIC, Picture
 
 VIEW = 384                              # px of an output that are shown of each picture, at most

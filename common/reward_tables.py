@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common import report, reward_report
-from common.probes import PROBES
+from common.candidates import PROBES
 from common.reward_report import SHOWN, interval, table
 
 INTRO = """<p>How far can the reward model be trusted? It was asked about photographs that it never saw in training.

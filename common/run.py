@@ -205,6 +205,11 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Write one JSON object per line, whole or not at all."""
+    write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
 def read_json(path: Path) -> object:
     """Return what a JSON file holds, or stop with one line that names it."""
     try:

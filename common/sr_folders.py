@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import dist, photos
+from common import dist
 from common.config import fail
-from common.images import read_image, resize
+from common.images import find, read_image, resize
 
 BICUBIC = "bicubic"                     # made here, for comparison
 
@@ -37,7 +37,7 @@ def named_folders(sr_dirs: list[str]) -> dict[str, Path]:
 def by_name(folder: Path, key: str) -> dict[str, Path]:
     """Name without suffix -> picture below the folder; stops if two pictures differ in their suffix only."""
     found = {}
-    for name, path in photos.find(str(folder), key):
+    for name, path in find(str(folder), key):
         if name in found:
             fail(f"{key}: {found[name]} and {path} have the same name: leave one of them")
         found[name] = path

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from common import checkpoints, mllm, photos, run, sr_latent
+from common import checkpoints, images, mllm, photos, run, sr_latent
 from common.config import load_config
 from common.groups import group_images, load_groups
 from common.images import read_image, write_png
@@ -98,7 +98,7 @@ REFUSED = {     # listed as skipped: name -> (content, part of the reason)
 def test_pictures_of_odd_kinds_are_read(tmp_path, name):
     content, pixels = ODD[name]
     (tmp_path / name).write_bytes(content)
-    [(_, path)] = photos.find(str(tmp_path), "hr_dir")
+    [(_, path)] = images.find(str(tmp_path), "hr_dir")
     assert np.array_equal(read_image(path), pixels)
 
 
@@ -124,7 +124,7 @@ def test_what_is_called_a_picture_and_is_no_file(tmp_path, monkeypatch):
     name = os.fsdecode(b"not \xff utf-8.png")
     (tmp_path / name).write_bytes(WHOLE)
     (tmp_path / "fine.png").write_bytes(WHOLE)
-    found = {path.name: path for _, path in photos.find(str(tmp_path), "hr_dir")}
+    found = {path.name: path for _, path in images.find(str(tmp_path), "hr_dir")}
     assert set(found) == {"loop.png", "nowhere.png", "pipe.png", name, "fine.png"}
     for bad in set(found) - {"fine.png"}:
         assert "not a file" in reason(found[bad]) or "UTF-8" in reason(found[bad])

@@ -19,7 +19,7 @@ from PIL import Image
 from common import candidates, external, jobs, metrics, photos, run
 from common.config import load_config
 from common.groups import SPLITS, all_groups, group_images, load_groups
-from common.images import read_image, resize, to_float, write_png
+from common.images import luma, read_image, resize, to_float, write_png
 from conftest import ROOT, load_stage, run_stage, tree
 
 TEST = ["chelsea", "coffee"]
@@ -320,7 +320,7 @@ def test_flat_crops_are_drawn_again():
     image[:, 140:] = textured(0, 200, 60)
     cfg = module.Config(run="", hr_size=32, train_groups=1)
     crops = [module.draw_crop(cfg, image, f"train_{i:05d}")[0] for i in range(30)]
-    assert all(photos.luma(crop).std() >= 8 for crop in crops)
+    assert all(luma(crop).std() >= 8 for crop in crops)
 
 
 @pytest.mark.parametrize("method", candidates.INCONSISTENT)

@@ -13,7 +13,7 @@ from PIL import Image
 from common import duplicates, photos, quality
 from common.config import load_config
 from common.groups import label_arrays, method_prior
-from common.images import read_image, resize, write_png
+from common.images import find, luma, read_image, resize, write_png
 from conftest import load_stage
 
 
@@ -33,7 +33,7 @@ VARIANTS = {
     "another size": lambda x: resize(x, (77, 77), "bicubic"), "JPEG": lambda x: jpeg(x, 20),
     "brighter": lambda x: (x * 0.7 + 60).astype(np.uint8), "mirrored": lambda x: x[:, ::-1],
     "moved by 2 %": lambda x: np.roll(x, 4, axis=(0, 1)),
-    "gray": lambda x: np.repeat(photos.luma(x)[..., None], 3, 2).astype(np.uint8)}
+    "gray": lambda x: np.repeat(luma(x)[..., None], 3, 2).astype(np.uint8)}
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -46,7 +46,7 @@ def test_near_duplicates_are_found(kind):
 
 
 def test_other_photographs_are_not_near():
-    found = photos.find("skimage", "hr_dir")
+    found = find("skimage", "hr_dir")
     pictures = [{"source": source, "hash": duplicates.dct_hash(read_image(path))} for source, path in found]
     assert duplicates.near_pairs(pictures) == []                        # the two motorcycle pictures are one source
 

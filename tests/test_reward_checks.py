@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from common import calibration, metrics, pair_stats, probes, reward_checks, reward_report, reward_tables
+from common import calibration, candidates, metrics, pair_stats, probes, reward_checks, reward_report, reward_tables
 from common.groups import Labels
 from common.images import resize
 from common.metrics import AXES
@@ -155,7 +155,7 @@ def test_calibration_reports_errors_on_the_other_split():
 def test_every_probe_does_what_its_name_says(size):
     lr, _, hr, _ = make_images(0, 64, 64)
     _, _, other, _ = make_images(1, *size)                                   # imports may mix sizes
-    images = dict(zip(probes.PROBES, probes.tamper(hr, lr, other, np.random.default_rng(0)), strict=True))
+    images = dict(zip(candidates.PROBES, candidates.tamper(hr, lr, other, np.random.default_rng(0)), strict=True))
     assert all(image.shape == hr.shape and image.dtype == np.uint8 for image in images.values())
     inside = np.s_[16:48, 16:48]
     assert (images["swapped"][:16] == hr[:16]).all() and (images["swapped"][inside] != hr[inside]).mean() > 0.9
@@ -164,17 +164,17 @@ def test_every_probe_does_what_its_name_says(size):
     mean = images["color"].mean((0, 1)) / hr.mean((0, 1))
     assert mean[0] > 1.05 and mean[1] == pytest.approx(1, abs=0.01) and mean[2] < 0.9
     assert (images["bicubic"] == resize(lr, (64, 64), "bicubic")).all()
-    again = probes.tamper(hr, lr, other, np.random.default_rng(0))
+    again = candidates.tamper(hr, lr, other, np.random.default_rng(0))
     assert all((a == b).all() for a, b in zip(again, images.values()))
 
 
 def test_probe_rates_count_ties_as_half():
-    scores = np.full((4, 1 + len(probes.PROBES), 3), 5.0)
+    scores = np.full((4, 1 + len(candidates.PROBES), 3), 5.0)
     scores[:, 1:] -= 1
     scores[:2, 1] = 6                                                        # the first probe fools it twice
     scores[0, 2] = 5                                                         # and the second ties once
     found = probes.probe_rates(scores, 0)
-    first, second = list(probes.PROBES)[:2]
+    first, second = list(candidates.PROBES)[:2]
     assert found["each"][first]["overall"]["value"] == 0.5 and found["each"][second]["overall"]["value"] == 0.875
     assert found["all"]["value"] == pytest.approx((6 * 4 - 2.5) / 24, abs=1e-4)
     assert found["mean_scores"]["hr"] == dict.fromkeys(AXES, 5.0) and probes.probe_rates(None, 0) is None
