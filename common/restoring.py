@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import color_fix, dist, mllm, run, sr_tiles
+from common import color_fix, dist, images, mllm, run, sr_tiles
 from common.config import fail
-from common.images import cut, find, grid, read_image, to_pixels, write_png
+from common.images import cut, grid, read_image, to_pixels, write_png
 from common.run import write_lines
 from common.metrics import AXES
 from common.mllm import Judge
@@ -41,7 +41,7 @@ def find(lr_dir: str, out: Path) -> list[Picture]:
         fail(f"out: {out} is or holds lr_dir={lr_dir}: give a folder of its own, so that no picture is overwritten")
     if out.exists() and any(out.iterdir()) and not (out / "config.yaml").exists():
         fail(f"out: {out} has files that this command did not write: give a new or empty folder")
-    found = [(name, path) for name, path in find(lr_dir, "lr_dir")
+    found = [(name, path) for name, path in images.find(lr_dir, "lr_dir")
              if not path.resolve().is_relative_to(target)]
     if not found:
         fail(f"lr_dir: {lr_dir} holds no picture but those in out={out}")
