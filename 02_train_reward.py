@@ -21,7 +21,7 @@ Writes  <run>/02_train_reward/    cold_start/ (model before GRPO)  judge/ (best 
 Expect  on the demo see the results table in README.md
 """
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from common import calibration, checkpoints, dist, mllm, model_card, prefix_check, report, run, sharding
+from common import calibration, checkpoints, dist, mllm, model_card, report, run, sharding
 from common.cohorts import evaluate, scores_of
 from common.config import fail, load_config
 from common.dist import mine
@@ -58,7 +58,6 @@ class Config:
     patch: int = 8                      # px; the language model sees one token per 2 x 2 patches
     dtype: str = "float32"              # of the weights: float32 or bfloat16; log-probabilities are float32
     max_pixels: int = 4096              # larger images are shrunk to this before the model sees them
-    detail_view: bool = False           # or, if twice as large, shown as four tiles: all of it and 3 full-size crops
     lr_view: str = "resized"            # "resized": LR bicubic to the candidate's size; "native": as it is
     candidate_view: str = "clip"        # "image": as it is; "clip": two frames, resized LR then candidate
     # cold start ------------------------------------------------------------------------------------------------
@@ -136,7 +135,6 @@ class Config:
         assert not (self.fsdp and self.model == "small" and self.cold_start_muon_lr + self.muon_lr), \
             "fsdp trains with AdamW alone: set cold_start_muon_lr=0 muon_lr=0"
         assert self.lora_rank or not self.merge, "merge: without LoRA (lora_rank=0) judge/model is one model already"
-        assert self.lr_view == "resized" or not self.detail_view, "detail_view needs lr_view=resized"
         assert self.cold_start_steps or self.model != "small", "the small model needs cold_start_steps"
 
 
@@ -144,8 +142,7 @@ class Config:
 
 def load_base(cfg: Config, source: str | Path, device: torch.device) -> Judge:
     """All weights frozen, from a transformers folder or hub id."""
-    judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view,
-                            detail_view=cfg.detail_view)
+    judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view)
     if cfg.max_pixels < judge.processor.size["shortest_edge"]:
         fail(f"max_pixels={cfg.max_pixels}: {source} enlarges images to {judge.processor.size['shortest_edge']} "
                  "pixels; give at least that")
@@ -303,10 +300,7 @@ def main(cfg: Config) -> None:
     train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
     require_enough(train, cfg, "groups_per_step", *["cold_start_groups"] * bool(cfg.cold_start_steps))
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
-    size, (height, width) = round(sum(len(c.images) for c in train) / len(train)), train[0].images[0].shape[:2]
-    if cfg.detail_view and height * width < 2 * cfg.max_pixels:
-        fail(f"detail_view: candidates of {width}x{height} are less than twice max_pixels={cfg.max_pixels}, so "
-                 "nothing would change: lower max_pixels, raise hr_size of 01, or set detail_view=false")
+    size = round(sum(len(c.images) for c in train) / len(train))
     per_step = size * (cfg.reasoned_groups * cfg.replies + cfg.groups_per_step * 3 * cfg.direct_replies)
     work = f"writes {per_step} answers, {size * cfg.reasoned_groups * cfg.replies} of them with reasoning"
     if cfg.algorithm == "sft_rank":
@@ -320,13 +314,12 @@ def main(cfg: Config) -> None:
     if cfg.cold_start_steps:
         base = folder / "cold_start" / "model"
         if not (folder / "cold_start" / "done.json").exists():
-            cold_start(cfg, folder, prefix_check.choose_rows(train[0], first_judge(cfg, train, device)), train, val)
+            cold_start(cfg, folder, first_judge(cfg, train, device), train, val)
         checkpoints.drop_checkpoints(folder / "cold_start")
     lora = cfg.lora_rank > 0                                    # its reference: the same with the adapter off
     judge = reference = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
     if not lora:
         reference = load_base(cfg, base, device) if cfg.algorithm == "grpo" else None
-    prefix_check.choose_rows(train[0], judge, reference)
     if cfg.fsdp:
         for each in filter(None, (judge, reference)):
             sharding.shard(each)
@@ -368,7 +361,7 @@ def main(cfg: Config) -> None:
 
     dist.barrier()                                              # best.safetensors is whole
     if cfg.fsdp:                                                # no shards from here on
-        judge = replace(trainable_judge(cfg, load_base(cfg, base, device), lora=lora), plain_rows=judge.plain_rows)
+        judge = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
     load_weights(judge, run.load_tensors(folder / "best.safetensors"))
     rate = parse_rate(judge, cfg, val)
     keep_judge(cfg, judge, folder, base=base, source=source, val=val, state=state)

@@ -1,19 +1,18 @@
 """
-The reward model: prompt, strict parser, token trees, sampled and expected read-outs.
+The reward model, called the judge: prompt, strict parser, image patches, expected scores, loading and saving.
 
 A multimodal LLM sees an instruction, the low-resolution (LR) image and one super-resolved (SR) candidate, and rates
 three axes with one digit each. Two read-outs of the same weights:
 
 sampled    `<thinking>..</thinking><answer>consistency: d, naturalness: d, overall: d</answer>`, one token at a time
+           (replies.py)
 expected   one forward pass: the expectation over the nine digit tokens after the stem `<answer>overall: `, likewise for
            the other axes; no sampling, so the same images always get the same score
 
-Prompt order is instruction, LR, candidate: all candidates of an LR share the prefix (see token_tree.py).
+Prompt order is instruction, LR, candidate: all candidates of an LR image share the prefix (token_tree.py).
 
-Shapes: G groups (one LR each), C candidates, K replies, L tokens in a row, B rows, V vocabulary, D hidden size, S
-features per image token (1; in Qwen3-VL 1 + layers of DeepStack, arXiv 2406.04334). Images are uint8 [H, W, 3].
-
-What the vision tower is shown of a group [LR, candidate 1, .., candidate C]; images are uint8 [H, W, 3].
+Shapes: G groups (one LR image each), C candidates, L tokens in a row, B rows, V vocabulary, D hidden size, S features
+per image token (1; in Qwen3-VL 1 + layers of DeepStack, arXiv 2406.04334). Images are uint8 [H, W, 3].
 """
 import re
 from contextlib import AbstractContextManager, nullcontext
@@ -29,8 +28,10 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from common import candidates, plain_rows, run, token_tree
+from common import run, token_tree
+from common.candidates import INCONSISTENT, UNNATURAL
 from common.config import fail
 from common.images import resize
 from common.metrics import AXES
@@ -38,19 +39,18 @@ from common.token_tree import Rows, Segment, collate, image_segment, last_tokens
 
 PROMPT_VERSION = 1
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")   # dense decoders of softmax attention alone, see token_tree.py
+UNTRAINED_MAX_PIXELS = 2**18            # of an image shown to a model that stage 02 has not trained
 DIGITS = "123456789"
 INSTRUCTION = (
     "Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: consistency "
     "of image 2 with image 1, naturalness of image 2, overall. "
     "Reply <thinking>why</thinking><answer>consistency: d, naturalness: d, overall: d</answer>")
-DETAIL = (
-    " A large image is shown as four tiles: top left all of it, made smaller, then three parts at full resolution.")
 ANSWER = re.compile(r"<thinking>((?:(?!</?thinking>|</?answer>).)*)</thinking>"
                     r"<answer>consistency: ([1-9]), naturalness: ([1-9]), overall: ([1-9])</answer>", re.DOTALL)
 # Words for the reasoning of the cold start, worst to best
 CONSISTENCY_WORDS = ("other content", "far off", "off", "close", "same")
 NATURALNESS_WORDS = ("broken", "bad", "fair", "good", "natural")
-FAULTS = candidates.INCONSISTENT + candidates.UNNATURAL
+FAULTS = INCONSISTENT + UNNATURAL
 FACTS = {"base", "base_inside", "dtype", "lr_view", "candidate_view", "max_pixels", "prompt_version", "adapter"}
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
 
@@ -79,22 +79,18 @@ class Judge:
     lr_view: str                    # "resized": bicubic to the candidate's size; "native": as it is
     candidate_view: str             # "image": as it is; "clip": two frames, LR then candidate (see pixel_patches)
     device: torch.device
-    detail_view: bool = False       # images above the pixel budget as four tiles (see views.detail_mosaic)
-    plain_rows: bool = False        # the slow way, without shared prefixes (see plain_rows.py)
-    long: int = token_tree.LONG     # tokens from which on rows attend branch by branch
 
     def __post_init__(self):
         encode = self.encode
         assert self.lr_view in ("resized", "native"), f"lr_view must be resized or native, not {self.lr_view}"
         assert self.candidate_view in ("image", "clip"), f"candidate_view: image or clip, not {self.candidate_view}"
         assert (self.lr_view, self.candidate_view) != ("native", "clip"), "candidate_view=clip needs lr_view=resized"
-        assert self.lr_view == "resized" or not self.detail_view, "detail_view needs lr_view=resized"
         self.net.set_attn_implementation({"text_config": token_tree.NAME})
         digits = [encode(d) for d in DIGITS]
         assert all(len(ids) == 1 for ids in digits), "the tokenizer must have one token for each digit 1..9"
         self.digit_ids = torch.tensor(digits, device=self.device)[:, 0]                             # [9]
         self.stems = [encode(f"<answer>{axis}: ") for axis in AXES]
-        self.head_ids = encode(f"<|im_start|>user\n{INSTRUCTION}{DETAIL * self.detail_view}\n<|vision_start|>")
+        self.head_ids = encode(f"<|im_start|>user\n{INSTRUCTION}\n<|vision_start|>")
         self.between_ids = encode("<|vision_end|>\n<|vision_start|>")
         self.tail_ids = encode("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
         self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -123,6 +119,32 @@ class Judge:
         return self.kept_head
 
 
+def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor, Tensor]:
+    """
+    What the vision tower is fed of groups [LR, candidate 1, .., candidate C]: float32 [patches, 3 * 2 * p * p], and the
+    patch grids [images, 3].
+
+    The candidates of a group have one size. Qwen-VL cuts *two frames* into one patch and shows a still image twice;
+    with candidate_view "clip" a candidate's first frame is the LR image: a patch holds both.
+    """
+    images = []
+    for lr, *shown in groups:
+        height, width = shown[0].shape[:2]
+        images += [lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic"), *shown]
+    batch = judge.processor(images, return_tensors="pt")
+    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]                     # [patches, 3 * 2 * p * p]
+    if judge.candidate_view == "clip":
+        pixels = pixels.unflatten(1, (3, 2, -1)).clone()                               # [patches, 3, 2, p * p]
+        counts, at = grids.prod(1).tolist(), 0
+        for group in groups:
+            n = counts[0]
+            of_group = pixels[at:at + n * len(group)].unflatten(0, (len(group), n))    # a view
+            of_group[1:, :, :, 0] = of_group[:1, :, :, 0]                              # first frame: the LR image
+            counts, at = counts[len(group):], at + n * len(group)
+        pixels = pixels.flatten(1)
+    return pixels, grids
+
+
 def image_features(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[list[Tensor], Tensor]:
     """Features of all images of the groups, in order: a tensor [tokens, S * D] per image, and the grids [images, 3]."""
     pixels, grids = pixel_patches(judge, groups)
@@ -134,7 +156,7 @@ def tower_trained(judge: Judge) -> bool:
 
 
 def patch_features(judge: Judge, pixels: Tensor, grids: Tensor) -> list[Tensor]:
-    """Vision tower over the patches of views.pixel_patches: a tensor [tokens, S * D] per image, in order."""
+    """Vision tower over the patches of pixel_patches: a tensor [tokens, S * D] per image, in order."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trained(judge)):  # frozen: stays out of the graph
         output = judge.net.get_image_features(pixels.to(judge.device, judge.net.dtype), grids.to(judge.device),
                                               return_dict=True)
@@ -142,17 +164,22 @@ def patch_features(judge: Judge, pixels: Tensor, grids: Tensor) -> list[Tensor]:
         return [torch.cat(own, -1) for own in zip(*stack)]
 
 
+def vision_output(judge: Judge, features: list[Tensor]) -> dict:
+    """Image features, [tokens, S * D] each, as transformers' vision tower hands them on to the language model."""
+    first, *deepstack = zip(*(f.split(judge.net.config.get_text_config().hidden_size, -1) for f in features))
+    return {"image": BaseModelOutputWithDeepstackFeatures(pooler_output=list(first), deepstack_features=deepstack)}
+
+
 def hidden_states(judge: Judge, rows: Rows, features: list[Tensor], cache=None) -> Tensor:
     """Last hidden states [B, L, D]; `features` in the order in which image tokens occur, row by row."""
     edges = pad((rows.ids == judge.image_id).int(), (1, 1)).diff()                  # [B, L + 1] 1 begins, -1 ends
-    tokens, given = ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist(), [len(f) for f in features]
-    assert tokens == given, f"image tokens of each image {tokens}, but image features {given}"
-    if judge.plain_rows:
-        return plain_rows.hidden_states(judge, rows, features)
+    tokens = ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist()
+    lengths = [len(f) for f in features]
+    assert tokens == lengths, f"image tokens of each image {tokens}, but image features {lengths}"
     return judge.net.model(
         input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask, past_key_values=cache,
-        use_cache=cache is not None, tree=token_tree.branches(rows, judge.long),
-        mm_encoder_outputs=plain_rows.encoded(judge, features)).last_hidden_state
+        use_cache=cache is not None, tree=token_tree.branches(rows),
+        mm_encoder_outputs=vision_output(judge, features)).last_hidden_state
 
 
 def policy_logits(judge: Judge, hidden: Tensor) -> Tensor:
@@ -215,8 +242,7 @@ def reply_text(judge: Judge, ids: list[int]) -> str:
 
 # on disk ---------------------------------------------------------------------------------------------------------
 
-def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view: str, candidate_view: str,
-               detail_view: bool = False) -> Judge:
+def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view: str, candidate_view: str) -> Judge:
     """A frozen judge from a transformers folder or hub id of one of the FAMILIES; others are refused unread."""
     try:
         config = AutoConfig.from_pretrained(source)
@@ -234,9 +260,10 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = model.to(device).eval().requires_grad_(False)
-        return Judge(model, tokenizer, processor, lr_view, candidate_view, device, detail_view)
+        return Judge(model, tokenizer, processor, lr_view, candidate_view, device)
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
-        fail(f"model {source}: cannot be loaded ({error}); give a folder or hub id of a Qwen2.5-VL or Qwen3-VL")
+        fail(f"model {source}: cannot be loaded ({error}); give the folder of a finished stage 02, or a folder or "
+             "hub id of a Qwen2.5-VL or Qwen3-VL")
 
 
 def save_model(judge: Judge, folder: Path) -> None:
@@ -265,77 +292,37 @@ def save_judge(judge: Judge, folder: Path, *, base: str | Path) -> None:
     run.write_json(folder / "judge.json", {
         "base": str(Path(base).relative_to(folder.parent) if inside else base), "base_inside": inside,
         "dtype": str(judge.net.dtype).removeprefix("torch."), "lr_view": judge.lr_view,
-        "candidate_view": judge.candidate_view, "detail_view": judge.detail_view, "plain_rows": judge.plain_rows,
-        "max_pixels": judge.processor.size["longest_edge"], "prompt_version": PROMPT_VERSION,
-        "adapter": isinstance(judge.model, PeftModel),
+        "candidate_view": judge.candidate_view, "max_pixels": judge.processor.size["longest_edge"],
+        "prompt_version": PROMPT_VERSION, "adapter": isinstance(judge.model, PeftModel),
         "prompt": judge.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)})
 
 
-def load_judge(stage: str | Path, device: torch.device) -> Judge:
-    """The reward model of a finished stage 02 (its folder), frozen; stops with one line if it is of another version."""
-    stage = Path(stage)
-    facts, again = run.read_json(stage / "judge" / "judge.json"), "delete this folder and run 02_train_reward.py again"
+def load_judge(path: str | Path, device: torch.device) -> Judge:
+    """
+    A frozen judge; stops with one line if there is none at `path`, or one of another prompt version.
+
+    path: folder of a finished stage 02, of any run; or a transformers folder or hub id of a Qwen2.5-VL or Qwen3-VL,
+    which is then asked as it is, without training.
+    """
+    path = Path(path)
+    if not (path / "judge").is_dir():
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        judge = load_model(path, device, dtype=dtype, lr_view="resized", candidate_view="image")
+        judge.processor.size["longest_edge"] = UNTRAINED_MAX_PIXELS
+        return judge
+    facts, again = run.read_json(path / "judge" / "judge.json"), "delete this folder and run 02_train_reward.py again"
     if lacking := sorted(FACTS - set(facts)):
-        fail(f"{stage}: judge/judge.json lacks {', '.join(lacking)}; {again}")
+        fail(f"{path}: judge/judge.json lacks {', '.join(lacking)}; {again}")
     if facts["prompt_version"] != PROMPT_VERSION:
-        fail(f"{stage}: the judge was trained with prompt version {facts['prompt_version']}, this code has version "
-                 f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
-    base = stage / facts["base"] if facts["base_inside"] else facts["base"]
-    views = {key: facts[key] for key in ("lr_view", "candidate_view")}
-    judge = load_model(base, device, dtype=facts["dtype"], detail_view=facts.get("detail_view", False), **views)
+        fail(f"{path}: the judge was trained with prompt version {facts['prompt_version']}, this code has version "
+             f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
+    base = path / facts["base"] if facts["base_inside"] else facts["base"]
+    judge = load_model(base, device, dtype=facts["dtype"], lr_view=facts["lr_view"],
+                       candidate_view=facts["candidate_view"])
     judge.processor.size["longest_edge"] = facts["max_pixels"]
-    judge.plain_rows = facts.get("plain_rows", False)
     if facts["adapter"]:
         try:
-            judge.model = PeftModel.from_pretrained(judge.model, stage / "judge" / "adapter").to(device).eval()
+            judge.model = PeftModel.from_pretrained(judge.model, path / "judge" / "adapter").to(device).eval()
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            fail(f"{stage}: judge/adapter cannot be loaded ({error}); {again}")
+            fail(f"{path}: judge/adapter cannot be loaded ({error}); {again}")
     return judge
-
-
-def detail_mosaic(image: np.ndarray, processor) -> np.ndarray:
-    """
-    An image of at least twice the processor's pixel budget as 2 x 2 tiles that together fit the budget: the whole
-    image, shrunk, and three places at full resolution, a quarter, a half and three quarters down in reading order.
-
-    The places depend on the size alone, so that LR image and candidates stay aligned, and a judge without LR (stage
-    03's comparison) sees the same of the candidate. Smaller images, and those too thin for tiles, stay as they are.
-    """
-    height, width = image.shape[:2]
-    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]             # pixels
-    multiple, shrink = processor.patch_size * processor.merge_size, (most / (height * width)) ** 0.5 / 2
-    h, w = (int(side * shrink) // multiple * multiple for side in (height, width))             # of a tile
-    if height * width < 2 * most or 4 * h * w < max(least, 1):
-        return image
-    places = [(y, x) for y in range(0, height - h + 1, h) for x in range(0, width - w + 1, w)]
-    chosen = [places[i] for i in np.linspace(0, len(places) - 1, 5).round().astype(int)[1:4]]
-    tiles = [resize(image, (w, h), "bicubic"), *(image[y:y + h, x:x + w] for y, x in chosen)]
-    return np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])
-
-
-def pixel_patches(judge, groups: list[list[np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """
-    What the vision tower of a mllm.Judge is fed, float32 [patches, 3 * 2 * p * p], and the patch grids [images, 3].
-
-    The candidates of a group have one size. Qwen-VL cuts *two frames* into one patch and shows a still image twice;
-    with candidate_view "clip" a candidate's first frame is the LR image: a patch holds both.
-    """
-    images, processor = [], judge.processor
-    for lr, *shown in groups:
-        height, width = shown[0].shape[:2]
-        own = [lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic"), *shown]
-        if judge.detail_view:
-            own = [detail_mosaic(image, processor) for image in own]
-        images += own
-    batch = processor(images, return_tensors="pt")
-    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]                     # [patches, 3 * 2 * p * p]
-    if judge.candidate_view == "clip":
-        pixels = pixels.unflatten(1, (3, 2, -1)).clone()                               # [patches, 3, 2, p * p]
-        counts, at = grids.prod(1).tolist(), 0
-        for group in groups:
-            n = counts[0]
-            own = pixels[at:at + n * len(group)].unflatten(0, (len(group), n))         # a view
-            own[1:, :, :, 0] = own[:1, :, :, 0]                                        # first frame: the LR image
-            counts, at = counts[len(group):], at + n * len(group)
-        pixels = pixels.flatten(1)
-    return pixels, grids

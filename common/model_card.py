@@ -17,7 +17,7 @@ Sees the low-resolution (LR) image and one super-resolved candidate; rates consi
 overall, 1 to 9. Trained {how}, after a supervised cold start.
 
 * Base: {base}; {kind}. Prompt version {prompt_version}; LR shown {lr_view}, candidate as {candidate_view}, at most
-  {max_pixels} pixels each; larger images as four tiles (detail_view): {detail_view}.
+  {max_pixels} pixels each.
 * Data: {groups} LR images, {candidates} candidates, labels: {label_source}. {cold_start_steps} supervised steps,
   {steps} of {algorithm}.
 * Pair accuracy on validation photographs, overall: {before:.3f} before {algorithm}, {after:.3f} after (the best of
@@ -26,7 +26,7 @@ overall, 1 to 9. Trained {how}, after a supervised cold start.
   knots and constant outside; fitted on the validation photographs.
 
 Use: `expected_scores` in common/mllm.py of the repository that trained it, or the block "Use the judge elsewhere" of
-its README, with transformers and peft alone (for LR shown resized and without detail_view).
+its README, with transformers and peft alone (for LR shown resized).
 
 Not for images far from the training data. A judge can be fooled: look at what it prefers.
 """

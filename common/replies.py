@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
-from common import mllm, plain_rows, run, sharding, token_tree
+from common import mllm, run, sharding, token_tree
 from common.groups import Cohort
 from common.metrics import AXES
 from common.mllm import Judge, policy_logits, prompt_row
@@ -229,8 +229,6 @@ def write_answers(judge: Judge, features: list[Tensor], grids: Tensor, sizes: li
     direct = draw(policy_logits(judge, hidden[token_tree.last_tokens(rows, stems)]), digits.to(judge.device))
     if not uniforms.shape[1]:
         return direct, [[] for _ in uniforms]
-    if judge.plain_rows:
-        return direct, generate(judge, features, grids, uniforms, sizes)
     return direct, decode(judge, rows, hidden, cache, uniforms)
 
 
@@ -288,31 +286,3 @@ def cut(judge: Judge, tokens: Tensor) -> list[list[list[int]]]:
     """Token ids [N, K, T] as lists that end with the first end token."""
     end = judge.end_id
     return [[ids[:ids.index(end) + 1] if end in ids else ids for ids in own] for own in tokens.tolist()]
-
-
-@torch.no_grad()
-def generate(judge: Judge, features: list[Tensor], grids: Tensor, uniforms: Tensor, sizes: list[int]) -> list:
-    """As sample_replies, by transformers' `generate`: every reply a row of its own, ended rows stay in the batch."""
-    (n, k, limit), given = uniforms.shape, list(zip(features, grids))
-    texts, images, at = [], [], 0
-    for tree in prompt_trees(judge, grids, sizes):
-        for candidate in range(1, len(tree)):
-            texts += [tree[0].ids + tree[candidate].ids] * k
-            images += [[given[at], given[at + candidate]]] * k
-        at += len(tree)
-    inputs, numbers = plain_rows.model_inputs(judge, texts, images, side="left"), uniforms.flatten(0, 1)
-
-    def choose(ids: Tensor, scores: Tensor) -> Tensor:
-        """Leaves one token per row: the draw of the row's next number."""
-        t = ids.shape[1] - inputs["input_ids"].shape[1]
-        token = draw(scores.float().index_fill(-1, judge.banned_ids, -torch.inf), numbers[:, t:t + 1].to(judge.device))
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-    suggested = judge.net.generation_config             # by the checkpoint, such as repetition_penalty: not our policy
-    judge.net.generation_config = GenerationConfig(eos_token_id=judge.end_id, pad_token_id=judge.end_id)
-    try:
-        tokens = judge.net.generate(**inputs, max_new_tokens=limit, do_sample=False, logits_processor=[choose])
-    finally:
-        judge.net.generation_config = suggested
-    written = tokens[:, inputs["input_ids"].shape[1]:]
-    return cut(judge, written.unflatten(0, (n, k)))

@@ -39,8 +39,7 @@ def build_small(cfg, groups: list[list[np.ndarray]], device: torch.device) -> Ju
     processor = Qwen2VLImageProcessorPil(
         patch_size=cfg.patch, merge_size=2, size=dict(shortest_edge=4 * cfg.patch**2, longest_edge=cfg.max_pixels),
         image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    judge = Judge(model.to(device), tokenizer, processor, cfg.lr_view, cfg.candidate_view, device,
-                  cfg.detail_view)
+    judge = Judge(model.to(device), tokenizer, processor, cfg.lr_view, cfg.candidate_view, device)
     whiten_patches(judge, groups)
     return judge
 

@@ -100,10 +100,6 @@ def path(row: list[Segment], leaf: int) -> list[int]:
     return found
 
 
-def leaves(row: list[Segment]) -> list[int]:
-    return sorted(set(range(len(row))) - {segment.parent for segment in row})
-
-
 def last_tokens(rows: Rows, segments: list[list[int]]) -> tuple[Tensor, Tensor]:
     """(row index, column index) of the last token of each listed segment, in order."""
     where = [(b, starts[s] + len(tree[s].ids) - 1)
@@ -140,9 +136,9 @@ class Branch:
     mask: Tensor                        # [q, k] bool, True = may attend
 
 
-def branches(rows: Rows, long: int) -> list[Branch] | None:
-    """The branches of all rows; None where rows are shorter than `long`."""
-    if rows.ids.shape[1] < long:
+def branches(rows: Rows) -> list[Branch] | None:
+    """The branches of all rows; None where rows are shorter than LONG."""
+    if rows.ids.shape[1] < LONG:
         return None
     found = []
     for b, tree in enumerate(rows.trees):

@@ -34,10 +34,11 @@ import numpy as np
 import torch
 
 from conftest import ROOT, load_stage, make_images
-from common import dist, grpo, mllm, plain_rows, sr_grpo, sr_policy, sr_reward, token_tree
+import plain_rows
+from common import dist, grpo, mllm, sr_grpo, sr_policy, sr_reward, token_tree
 from common.groups import Cohort
 from common.images import resize
-from common.replies import Images, answer_logp, encode, generate, look_at
+from common.replies import Images, answer_logp, encode, look_at
 from common.small_mllm import build_small
 from common.sr_cold_start import fit_sampler
 from common.sr_policy import Policy
@@ -97,7 +98,7 @@ def plain_step(cfg, judge, reference, cohorts: list[Cohort], chosen: dict) -> No
     with torch.no_grad():
         features, grids = encode(judge, images)
         n = len(cohorts) * CANDIDATES
-        written = generate(judge, features, grids, torch.rand(n, cfg.replies, TOKENS),
+        written = plain_rows.generate(judge, features, grids, torch.rand(n, cfg.replies, TOKENS),
                                     [CANDIDATES] * len(cohorts))
     rewards = torch.tensor([[len(set(ids)) / TOKENS for ids in own] for own in written])
     advantages = grpo.group_advantages(rewards)
@@ -250,7 +251,7 @@ def grouper_logp(judge, images: Images, replies: list[list[list[int]]]) -> torch
     groups = PrefixGrouper([[len(segment.ids) for segment in tree] for tree in trees], device="cpu")
     judge.net.set_attn_implementation({"text_config": "prefix_grouper_attention"})
     hidden = judge.net.model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=groups.padding_mask,
-                             use_cache=False, mm_encoder_outputs=plain_rows.encoded(judge, given),
+                             use_cache=False, mm_encoder_outputs=mllm.vision_output(judge, given),
                              prefix_grouper=groups, prefix_grouper_attn_func="causal_sdpa").last_hidden_state
     judge.net.set_attn_implementation({"text_config": token_tree.NAME})
     written = [(b, k) for b, tree in enumerate(trees) for k in range(1, len(tree))]
@@ -291,10 +292,8 @@ def call_per_axis(judge: mllm.Judge, lr: np.ndarray, image: np.ndarray) -> None:
 
 
 def scoring(judge, cohorts: list[Cohort], rounds: int) -> dict[str, list[float]]:
-    rows = replace(judge, plain_rows=True)
     ways = {"ours": lambda c: mllm.expected_scores(judge, [c.lr], [c.images]),
             "a call per image and axis": lambda c: [call_per_axis(judge, c.lr, image) for image in c.images],
-            "a batch of axes per image": lambda c: [mllm.expected_scores(rows, [c.lr], [[one]]) for one in c.images],
             "ours, one at a time": lambda c: [mllm.expected_scores(judge, [c.lr], [[image]]) for image in c.images]}
     found = {name: [] for name in ways}
     for n in range(rounds + 1):
@@ -437,7 +436,6 @@ def main(rounds: int = 3) -> None:
     results = {name: full[name] for name in ("reward_step_vs_trl", "reward_step_vs_plain", "limit_fraction")} | {
         "loss_vs_prefix_grouper": ratio(loss["prefix-grouper"], loss["ours"]) if "prefix-grouper" in loss else None,
         "score_vs_one_at_a_time": ratio(scores["a call per image and axis"], scores["ours"]),
-        "score_vs_batch_of_axes": ratio(scores["a batch of axes per image"], scores["ours"]),
         "score_vs_own_one_at_a_time": ratio(scores["ours, one at a time"], scores["ours"]),
         "sr_step_vs_full_trajectory": ratio(sr["full trajectory"], sr["window"]),
         "loss_memory_vs_plain": [round(ours / plain, 2) for ours, plain in memory.values()][0],

@@ -289,3 +289,15 @@ def test_a_judge_that_does_not_fit_is_refused_in_one_line(judge, tmp_path, capsy
         mllm.load_judge(tmp_path, torch.device("cpu"))
     message = capsys.readouterr().err
     assert str(tmp_path / "judge" / "model") in message and message.count("\n") == 1
+
+
+def test_a_model_folder_is_a_judge_without_training(judge, tmp_path, capsys):
+    mllm.save_model(judge, tmp_path / "model")
+    loaded = mllm.load_judge(tmp_path / "model", torch.device("cpu"))
+    lr, *images = make_images(0)
+    assert (loaded.lr_view, loaded.candidate_view, loaded.net.dtype) == ("resized", "image", torch.float32)
+    assert loaded.processor.size["longest_edge"] == mllm.UNTRAINED_MAX_PIXELS
+    assert torch.equal(mllm.expected_scores(loaded, [lr], [images]), mllm.expected_scores(judge, [lr], [images]))
+    with pytest.raises(SystemExit):
+        mllm.load_judge(tmp_path / "nothing", torch.device("cpu"))
+    assert "give the folder of a finished stage 02, or a folder or hub id" in capsys.readouterr().err

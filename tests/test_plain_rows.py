@@ -4,6 +4,7 @@ Shared prefixes, growing branches and stored features against the plain way: one
 Run     python -m pytest tests/test_plain_rows.py       # 30 s
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from common import dist, mllm, prefix_check, replies, reward_grpo, token_tree
+import plain_rows
+from common import mllm, replies, reward_grpo, token_tree
 from common.cohorts import scores_of
 from common.groups import Cohort
 from common.replies import answer_logp, learning_mode, sample_answers, sample_replies, token_logp
@@ -60,7 +62,7 @@ def test_likely_replies_are_those_of_greedy_generate(judge, monkeypatch):
 @pytest.mark.parametrize("long", [10**6, 0])
 def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monkeypatch, long):
     """Whatever the checkpoint suggests for writing; Qwen2.5-VL's has a repetition penalty of 1.05."""
-    monkeypatch.setattr(judge, "long", long)
+    monkeypatch.setattr(token_tree, "LONG", long)
     suggested = GenerationConfig(repetition_penalty=1.05, no_repeat_ngram_size=2, num_beams=2, min_new_tokens=9,
                                  do_sample=True, temperature=0.1, top_k=3, min_p=0.2, typical_p=0.5,
                                  suppress_tokens=[judge.end_id], eos_token_id=5)
@@ -72,7 +74,7 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monk
         judge.net.lm_head.weight[judge.end_id] *= 3                     # so that replies end, at different tokens
     try:
         ours = sample_replies(judge, features, grids, uniforms, [2, 3, 1])
-        plain = sample_replies(replace(judge, plain_rows=True), features, grids, uniforms, [2, 3, 1])
+        plain = plain_rows.generate(judge, features, grids, uniforms, [2, 3, 1])
     finally:
         with torch.no_grad():
             judge.net.lm_head.weight[judge.end_id] /= 3
@@ -111,7 +113,7 @@ def gradients_of(judge: mllm.Judge, loss: torch.Tensor) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("trained, long", [("lora", 10**6), ("lora", 0), ("all", 0)])
 def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, monkeypatch, trained, long):
     """With one dense mask, and branch by branch (long 0)."""
-    monkeypatch.setattr(judge, "long", long)
+    monkeypatch.setattr(token_tree, "LONG", long)
     frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
     judge.model.requires_grad_(True) if trained == "all" else None
     cohorts = [cohort_of(0, 2), cohort_of(1, 3)]
@@ -120,11 +122,12 @@ def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, mo
                 for _ in c.images] for c in cohorts]
     digits = judge.digit_ids.expand(5 * 3, -1)
     found = []
-    for own in (judge, replace(judge, plain_rows=True)):
-        logp, mask, direct = answer_logp(own, *mllm.image_features(
-            own, [[c.lr, *c.images] for c in cohorts]), replies, digits)
+    for way in (nullcontext(), plain_rows.plain_rows()):
+        with way:
+            logp, mask, direct = answer_logp(judge, *mllm.image_features(
+                judge, [[c.lr, *c.images] for c in cohorts]), replies, digits)
         loss = logp[mask].mean() + direct.mean()
-        found.append((loss.detach(), gradients_of(own, loss)))
+        found.append((loss.detach(), gradients_of(judge, loss)))
     for name, p in judge.model.named_parameters():
         p.requires_grad_(name not in frozen)
     (loss, ours), (plain_loss, plain) = found
@@ -134,23 +137,32 @@ def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, mo
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
 
 
+def loss_and_gradients(judge: mllm.Judge, cohort: Cohort) -> tuple[float, list[torch.Tensor]]:
+    """Mean log-probability of answers to the cohort, and its gradients."""
+    texts = [[judge.encode(mllm.compose_reply(targets, "warp"))] for targets in cohort.targets]
+    features = mllm.image_features(judge, [[cohort.lr, *cohort.images]])
+    logp, mask, direct = answer_logp(judge, *features, [texts], judge.digit_ids.expand(len(texts) * 3, -1))
+    loss = logp[mask].mean() + direct.mean()
+    return float(loss.detach()), list(gradients_of(judge, loss).values())
+
+
 @pytest.mark.parametrize("family, lora, long", [
     ("qwen2_5_vl", True, 10**6), ("qwen2_5_vl", True, 0), ("qwen3_vl", True, 0), ("qwen3_vl", False, 0)])
-def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tmp_path, family, lora, long):
+def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tmp_path, monkeypatch, family, lora, long):
+    monkeypatch.setattr(token_tree, "LONG", long)
     save_random(tmp_path, family, build_tokenizer())
     stage, found, held = load_stage("02"), [], []
     for checkpointing in (False, True):
         cfg = stage.Config(run="", lora_rank=4 * lora, gradient_checkpointing=checkpointing)
-        own = replace(stage.trainable_judge(cfg, load(tmp_path), lora=lora), long=long)
+        own = stage.trainable_judge(cfg, load(tmp_path), lora=lora)
         sizes = [0]
         learning_mode(own)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            found.append(prefix_check.loss_and_gradients(own, cohort_of(0, 2)))
+            found.append(loss_and_gradients(own, cohort_of(0, 2)))
         held.append(sum(sizes))
     (loss, kept), (again, computed) = found
     assert held[1] < held[0] / 3 and loss == again
     assert all(torch.equal(*pair) for pair in zip(kept, computed, strict=True))
-    assert prefix_check.choose_rows(cohort_of(0, 2), own).model.training is False        # it may be about to sample
 
 
 def test_plain_rows_are_what_transformers_computes_from_pixels(judge):
@@ -158,7 +170,7 @@ def test_plain_rows_are_what_transformers_computes_from_pixels(judge):
     features, grids = mllm.image_features(judge, [[cohort.lr, *cohort.images]])
     row = mllm.prompt_row(judge, grids[0], grids[1:])
     with torch.no_grad():
-        hidden = mllm.hidden_states(replace(judge, plain_rows=True), token_tree.collate([row], CPU), features)
+        hidden = plain_rows.hidden_states(judge, token_tree.collate([row], CPU), features)
         for c, image in enumerate(cohort.images):
             wanted = judge.net.model(**stock_inputs(judge, [cohort.lr, image], "")).last_hidden_state[0]
             at = len(row[0].ids) + sum(len(s.ids) for s in row[1:1 + c])
@@ -179,47 +191,6 @@ def test_log_probabilities_in_chunks_are_the_same_and_hold_no_logits(judge, monk
         held.append(max(sizes))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
     assert held[0] == n * vocabulary > 4 * held[1]
-
-
-# at the start of a run -------------------------------------------------------------------------------------
-
-def test_a_model_on_which_shared_prefixes_hold_uses_them(judge, capsys):
-    prefix_check.choose_rows(cohort_of(0, 3), judge)
-    assert not judge.plain_rows and capsys.readouterr().out.startswith("shared prefixes checked")
-    assert all(p.grad is None for p in judge.model.parameters())
-
-
-@pytest.mark.parametrize("dtype, broken", [
-    (torch.float32, "siblings see each other"), (torch.float32, "positions go on"),
-    (torch.bfloat16, "siblings see each other"), (torch.float32, "long rows"), (torch.float32, "on another rank")])
-def test_a_model_on_which_they_do_not_hold_goes_on_with_plain_rows_and_says_so(monkeypatch, capsys, dtype, broken):
-    judge, _ = build_judge()
-    judge.model.requires_grad_(True).to(dtype)
-    collate = token_tree.collate
-
-    def wrong(*given):
-        rows = collate(*given)
-        if broken in ("long rows", "on another rank"):
-            return rows
-        if broken == "positions go on":
-            return replace(rows, positions=torch.arange(rows.ids.shape[1]).expand_as(rows.positions))
-        return replace(rows, mask=torch.ones_like(rows.mask).tril())
-
-    def wrong_branches(rows, long):
-        found = branches(rows, long)
-        for branch in found or ():
-            branch.mask = torch.ones_like(branch.mask)
-        return found
-
-    branches = token_tree.branches
-    if broken == "long rows":
-        monkeypatch.setattr(token_tree, "branches", wrong_branches)
-    if broken == "on another rank":
-        monkeypatch.setattr(dist, "gather_rows", lambda own: torch.cat([own, torch.full_like(own, torch.nan)]))
-    monkeypatch.setattr(token_tree, "collate", wrong)
-    prefix_check.choose_rows(cohort_of(0, 3), judge)
-    printed = capsys.readouterr().out
-    assert judge.plain_rows and printed.count("\n") == 1 and "one plain row per reply" in printed
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0])
@@ -260,7 +231,8 @@ def test_any_number_of_candidates_is_scored_as_each_alone(judge):
         for c, image in enumerate(own.images):
             alone = mllm.expected_scores(judge, [own.lr], [[image]])[0, 0]
             torch.testing.assert_close(found[c], alone, rtol=0, atol=1e-5)
-    plain = mllm.expected_scores(replace(judge, plain_rows=True), [c.lr for c in groups], [c.images for c in groups])
+    with plain_rows.plain_rows():
+        plain = mllm.expected_scores(judge, [c.lr for c in groups], [c.images for c in groups])
     torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5, equal_nan=True)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import calibration, metrics, mllm, prefix_check, reward_report, run, token_tree
+from common import calibration, metrics, mllm, reward_report, run, token_tree
 from common.cohorts import scores_of
 from common.config import load_config
 from common.groups import Cohort, group_images, label_arrays, load_cohorts, load_groups
@@ -182,19 +182,6 @@ def test_two_processes_train_in_shards_and_one_goes_on(toy_run, toy_config, tmp_
     assert_close(rows(folder / "metrics.jsonl"), found, 1e-3)
     judge = mllm.load_judge(folder, CPU)                            # plain files of transformers, like any other
     assert all(torch.equal(p, best[name]) for name, p in judge.model.named_parameters())
-
-
-def test_plain_rows_last_to_the_judge_of_a_run_in_shards(toy_run, toy_config, tmp_path, monkeypatch, capsys):
-    """Which is loaded anew at the end. The cold start leaves its model alone, not its checkpoints."""
-    again, stage = copy_run(toy_run, tmp_path / "again", "01_build_dataset"), load_stage("02")
-    monkeypatch.setattr(prefix_check, "TOLERANCE", {torch.float32: (-1.0, -1.0)})
-    stage.main(load_config(stage.Config, stage.__file__, [
-        str(toy_config), f"run={again}", "fsdp=true", "lora_rank=0", "cold_start_muon_lr=0", "muon_lr=0", "steps=1",
-        "cold_start_steps=2", "save_every=1", "max_reply_tokens=4"]))
-    assert capsys.readouterr().out.count("one plain row per reply") == 2
-    folder = again / "02_train_reward"
-    assert mllm.load_judge(folder, CPU).plain_rows
-    assert [path.name for path in sorted((folder / "cold_start").iterdir())] == ["done.json", "model"]
 
 
 @pytest.mark.parametrize("number, overrides, says", [

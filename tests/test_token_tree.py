@@ -9,6 +9,7 @@ import torch
 
 from common import mllm, token_tree
 from conftest import build_judge, make_images
+from plain_rows import leaves
 
 
 def build_trees(judge) -> tuple[list, list]:
@@ -52,7 +53,7 @@ def test_a_tree_equals_one_row_per_leaf_in_values_and_gradients(view):
     hidden = mllm.hidden_states(judge, rows, mllm.image_features(judge, groups)[0])
     tree_loss, plain_loss, compared = 0.0, 0.0, 0
     for b, (group, row) in enumerate(zip(groups, trees)):
-        for leaf in token_tree.leaves(row):
+        for leaf in leaves(row):
             plain = plain_hidden(judge, group, row, leaf=leaf)
             path = token_tree.path(row, leaf)
             columns = [rows.starts[b][s] + i for s in path for i in range(len(row[s].ids))]
