@@ -5,13 +5,12 @@ Run     python 01_build_dataset.py configs/demo.yaml                         # t
         python 01_build_dataset.py configs/demo.yaml hr_dir=/my/photographs run=runs/mine
         python 01_build_dataset.py configs/demo.yaml annotate=true           # then people compare candidates
         python 01_build_dataset.py configs/demo.yaml labels=human            # and what they said becomes the labels
-        python 01_build_dataset.py configs/demo.yaml export=true             # of a finished run, for sharing
         torchrun --standalone --nproc_per_node=8 01_build_dataset.py configs/full.yaml   # hf: models on 8 GPUs
 Reads   photographs (hr_dir), LR-only images (lr_dir), or a preference set that exists (import_from); outputs of other
         SR programs (candidates)
 Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/  candidates/  skipped.jsonl
                                   contact_sheet.png (look at it)  quality.json (statistics, leaks, what names tell)
-                                  config.yaml  manifest.json  export/ (if asked)
+                                  config.yaml  manifest.json
                                   judgements.jsonl  annotation_report.md  annotation_report.json (if people judge)
 Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.67 of the test pairs right.
 
@@ -31,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (annotate, candidates, degrade, dist, duplicates, hf_folder, imports, metrics, mllm_labels,
+from common import (annotate, candidates, degrade, dist, duplicates, imports, metrics, mllm_labels,
                     photos, quality, run, sources)
-from common.config import BOOLS, fail, load_config
+from common.config import fail, load_config
 from common.contact_sheet import contact_sheet, rows_of
 from common.groups import SPLITS
 from common.images import find, luma, read_image, resize, to_float, to_uint8, write_png
@@ -44,7 +43,7 @@ CROP_TRIES = 20
 AT_ONCE = 32                    # crops of one picture in a job: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "annotate_splits",
-        "annotate_without", "labels", "export", "photo_license", "workers", "hf_batch", "label_batch")  # use, and speed
+        "annotate_without", "labels", "workers", "hf_batch", "label_batch")  # use, and speed
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 
 
@@ -61,10 +60,9 @@ class Config:
     min_zoom: float = 0.3333            # photographs are shrunk by a random factor in min_zoom..1
     min_detail: float = 8.0             # crops with a smaller std of the luma (of 255) are drawn again
     max_source_share: float = 0.15      # no source gives more than this part of the groups of its split
-    # instead: a preference set that exists (README: "Imports and export")
-    import_from: str | None = None      # its table or folder
-    import_format: str = "hf"           # refsr, sriqa (folders), csv, mos (tables) or hf (imagefolder)
-    import_roles: list[str] = field(default_factory=list)   # refsr, sriqa: which file is what, as ROLE=PATTERN
+    # instead: a preference set that exists; common/imports.py documents its two layouts ---------------------
+    import_from: str | None = None      # a table (.csv, .jsonl), or a folder of numbered folders as in RefSR-18K
+    import_roles: list[str] = field(default_factory=list)   # of such a folder: which file is what, as ROLE=PATTERN
     strict: bool = False                # stop at the first bad image and do not skip it; imports always do
     # groups -------------------------------------------------------------------------------------------------
     train_groups: int = 20000           # LR images per split
@@ -86,9 +84,6 @@ class Config:
     label: str = "proxy"                # proxy, or mllm: label_model is asked for each pair in both orders
     label_model: str | None = None      # hub id or folder of any image-text-to-text model of transformers
     label_batch: int = 8                # questions at once: memory and speed, and rounding
-    # export of a finished set: nothing else is done then ----------------------------------------------------
-    export: str | None = None           # folder to write as an imagefolder; true: <run>/01_build_dataset/export
-    photo_license: str = "unknown"      # license of the photographs, for the data set card
     # people, once the data set is built (see README) ----------------------------------------------------------
     annotate: bool = False              # serve the page on which people compare candidates
     annotate_host: str = "127.0.0.1"    # this machine alone; 0.0.0.0 lets others in who know the address
@@ -104,9 +99,7 @@ class Config:
     def __post_init__(self):
         assert [self.hr_dir, self.lr_dir, self.import_from].count(None) == 2, \
             "set one of hr_dir and lr_dir and import_from, and the others to null"
-        assert self.import_format in imports.READERS, \
-            f"import_format should be one of {', '.join(imports.READERS)}, got {self.import_format!r}"
-        imports.parse_roles(self.import_roles, self.import_format)
+        imports.parse_roles(self.import_roles)
         assert self.scale >= 1 and self.hr_size % self.scale == 0 and self.hr_size // self.scale >= 4, \
             f"hr_size {self.hr_size} should be a multiple of scale {self.scale} and at least 4 times as large"
         assert self.degradation in degrade.KINDS, \
@@ -123,8 +116,6 @@ class Config:
         may_be_0 = ("val_groups", "test_groups", "annotate_groups", "workers")
         for key in (*may_be_0, "train_groups", "hf_steps", "hf_batch", "label_batch"):
             assert vars(self)[key] >= (key not in may_be_0), f"{key} {vars(self)[key]} is too small"
-        assert self.export == "true" or (self.export or "").lower() not in BOOLS, \
-            f"export should be true or a folder, got {self.export!r}"
         sources.check(self.candidates, self.lr_dir is None, self.hf_prompt)
         assert self.label in ("proxy", "mllm"), f"label should be proxy or mllm, got {self.label!r}"
         assert (self.label == "mllm") == bool(self.label_model), "label: mllm and label_model belong together"
@@ -233,6 +224,45 @@ def crop_size(cfg: Config) -> int:
     return cfg.hr_size if cfg.hr_dir else cfg.hr_size // cfg.scale
 
 
+# instead: a preference set that exists -------------------------------------------------------------------
+
+def import_groups(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
+    """Copy what import_from names; what is not sound leaves no folder behind, unless copying has begun."""
+    plan_file = folder / "progress" / "plan.json"
+    begun_before = plan_file.exists()
+    try:
+        plan = plan_import(cfg)
+    except SystemExit:
+        if not begun_before:
+            run.discard(folder)
+        raise
+    if begun_before and run.read_json(plan_file) != plan:
+        fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
+    run.write_json(plan_file, plan)
+    print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}, "
+          f"{sum(bool(group['labels']) for group in plan)} of them labeled")
+    jobs = [group | {"key": stamp(imports.files_of(group))} for group in plan]
+    lines = run_jobs(pool, partial(imports.copy_group, folder), jobs, log=folder / "progress" / "import.jsonl")
+    return [lines[group["id"]] for group in plan]
+
+
+def plan_import(cfg: Config) -> list[dict]:
+    """The groups with split and id. The set's splits are taken as they are; else they go by source, as photographs."""
+    groups = imports.read(Path(cfg.import_from), imports.parse_roles(cfg.import_roles))
+    splits = {group["source"]: group["split"] for group in groups}
+    if None in splits.values() and cfg.test_fraction == 1:                     # a set to measure with
+        splits = dict.fromkeys(splits, "test")
+    elif None in splits.values():
+        named = {"val": cfg.val_sources, "test": cfg.test_sources}
+        splits = photos.split_sources(sorted(splits), named, {"test": cfg.test_fraction, "val": cfg.val_fraction},
+                                      seed=cfg.seed)
+    plan = []
+    for split in SPLITS:
+        members = [group for group in groups if splits[group["source"]] == split]
+        plan += [group | {"split": split, "id": f"{split}_{number:05d}"} for number, group in enumerate(members)]
+    return plan
+
+
 # candidates and labels -----------------------------------------------------------------------------------
 
 def build_group(cfg: Config, job: dict) -> dict:
@@ -338,10 +368,6 @@ def prepare(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> tupl
 @run.explained()
 def main(cfg: Config) -> None:
     started = time.time()
-    if cfg.export:
-        folder = run.require(cfg.run, Path(__file__).stem)
-        hf_folder.export(folder, folder / "export" if cfg.export == "true" else Path(cfg.export), cfg.photo_license)
-        return
     device, main_rank = dist.init(timeout=WAIT), dist.is_main()      # torchrun: hf: and label models run on all ranks
     if cfg.label == "mllm":
         pass                    # slow to import: only runs that ask a model pay
@@ -358,7 +384,7 @@ def main(cfg: Config) -> None:
 
     # 1. and 2. pictures, crops and LR images, or a set that exists
     if dist.is_main() and cfg.import_from:
-        groups, near = imports.build(cfg, folder, pool)
+        groups = import_groups(cfg, folder, pool)
     elif dist.is_main():
         plan, drawn, near = prepare(cfg, folder, pool)
     dist.barrier()

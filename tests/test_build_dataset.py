@@ -193,7 +193,6 @@ def test_bad_files_are_skipped_and_named(stage, tmp_path):
     ("candidates=hr,folder:a=/x,hf:a=/y", "share a name"),
     ("candidates=hr,folder:bicubic=/x", "bicubic is a method of our own"),
     ("candidates=hr,folder:hr=/x", "hr is a method of our own"),
-    ("export=false", "export should be true or a folder, got 'false'"),
     ("lr_dir=/tmp", "set one of hr_dir and lr_dir"),
     ("max_source_share=0", "max_source_share should be in (0, 1]"),
     ("tie_margin=-1", "tie_margin should be in 0..1"),

@@ -272,17 +272,17 @@ def test_05_again_and_with_two_processes_gives_the_same(evaluated, toy_config, t
 def imported(tuned, toy_config, toy_run, tmp_path_factory) -> Path:
     """A run folder whose 01 is an import of some of toy_run's images, 32 px large, with 04 finished."""
     source, folder = toy_run / "01_build_dataset", tmp_path_factory.mktemp("imported")
-    names = ["lr", "candidate_a", "candidate_b", "axis", "choice", "annotator", "source", "split", "hr"]
+    names = ["lr", "candidate", "method", "rank_overall", "source", "split", "hr"]
     groups = load_groups(source, "test") + load_groups(source, "train")[:2]
-    rows = [[group["lr"], *(one["path"] for one in group["candidates"][:2]), "overall", "a", "ann", group["source"],
-             group["split"], group["hr"]] for group in groups]
+    rows = [[group["lr"], one["path"], one["method"], rank, group["source"], group["split"], group["hr"]]
+            for group in groups for rank, one in enumerate(group["candidates"][:2], 1)]
     (folder / "set").mkdir()
-    for kind in {Path(name).parts[0] for row in rows for name in (*row[:3], row[-1])}:
+    for kind in {Path(name).parts[0] for row in rows for name in (*row[:2], row[-1])}:
         (folder / "set" / kind).symlink_to(source / kind)
-    with open(folder / "set" / "votes.csv", "w", newline="") as file:
+    with open(folder / "set" / "set.csv", "w", newline="") as file:
         csv.writer(file).writerows([names, *rows])
-    finish("01", toy_config, folder / "run", f"import_from={folder / 'set' / 'votes.csv'}", "import_format=csv",
-           "hr_dir=null", "hr_size=64", "scale=2", "val_sources=", "test_sources=", "val_fraction=0", "test_fraction=0")
+    finish("01", toy_config, folder / "run", f"import_from={folder / 'set' / 'set.csv'}", "hr_dir=null",
+           "hr_size=64", "scale=2", "val_sources=", "test_sources=", "val_fraction=0", "test_fraction=0")
     for stem in ("02_train_reward", "04_train_sr_grpo"):
         (folder / "run" / stem).symlink_to(tuned / stem)
     return folder / "run"
