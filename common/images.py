@@ -1,20 +1,11 @@
 """
-Images and preference groups on disk. Every image in memory is uint8 [H, W, 3], RGB.
+Images: find, read, write, resize, cut, and lay out on a sheet. In memory they are uint8 [H, W, 3], RGB.
 
-Where crops come from: finding pictures, what can be used of them, their splits, their share.
-
-Numbers that compare images and rankings. Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border
-is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labels and need the ground truth.
-
-LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
+Float images are 0..1. Nothing is cropped at the border, and sizes are (height, width) unless said otherwise.
 """
 import io
 import math
-import os
-import stat
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import matplotlib
@@ -23,15 +14,11 @@ import skimage
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from common import run
 from common.config import fail
 
 MAX_PIXELS = 100_000_000
 # nothing else is tried: some of Pillow's formats run other programs, whatever a file is called
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-# everything that Pillow's decoders let through on broken files
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError,
-                 ArithmeticError, AttributeError, Image.DecompressionBombError)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 # real photographs inside scikit-image's wheel: no drawings, masks, text pages, out-of-focus or tiny pictures
 SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
@@ -67,38 +54,32 @@ def find(folder: str, key: str) -> list[tuple[str, Path]]:
     return [(path.relative_to(root).with_suffix("").as_posix(), path) for path in paths]
 
 
-def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
+def read_image(file: str | Path | io.BytesIO) -> np.ndarray:
     """
     Read a picture (a path, or what is in the file) of one of the FORMATS as uint8 [H, W, 3] RGB: EXIF rotation applied,
-    16 bit scaled to 8, alpha over white, first frame of an animation. Raises ValueError with a one-line reason if it is
-    not a whole image. No memory stays a MemoryError: it says nothing about the picture.
+    16 bit scaled to 8, alpha over white, first frame of an animation.
+
+    Raises ValueError with a one-line reason if it is not a whole image. MemoryError says nothing about the picture.
     """
-    if not isinstance(path, io.BytesIO) and not is_regular(path):
-        raise ValueError("it is not a file, or leads to none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # our own size limit is checked below
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            if not isinstance(file, io.BytesIO):
+                str(file).encode()                          # JSON cannot hold a name that is not UTF-8
+                if not Path(file).is_file():                # a folder, a pipe, a broken link
+                    raise ValueError("it is not a file, or leads to none")
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS // 10**6} megapixels")
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-        except DECODE_ERRORS as error:
+                return to_rgb(ImageOps.exif_transpose(image))
+        except MemoryError:
+            raise
+        except Exception as error:                          # on broken files Pillow's decoders raise almost anything
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def is_regular(path: str | Path) -> bool:
-    """Whether reading it can end: no folder, no pipe, no link to nowhere or to itself, and a name in UTF-8."""
-    try:
-        str(path).encode()
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except PermissionError:
-        return True                                         # opening it says so
-    except (OSError, ValueError):
-        return False
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """[H, W, 3] of any Pillow mode."""
     if image.mode.startswith("I"):                                        # 16-bit gray: I;16, I;16B or I
         gray = np.asarray(image).astype(np.int64)
@@ -126,20 +107,12 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def copy_png(source: str | Path, target: str | Path) -> tuple[int, int]:
-    """
-    An RGB PNG keeps its bytes; anything else becomes one, with the pixels of read_image. Returns (height, width);
-    ValueError that names the file if it is not a whole image.
-    """
+    """Write any picture as an RGB PNG, and return its (height, width); ValueError names what is not a whole image."""
     try:
         pixels = read_image(source)
     except ValueError as error:
         raise ValueError(f"{source} cannot be read ({error})") from error
-    with Image.open(source) as image:
-        as_is = image.format == "PNG" and image.mode == "RGB" and np.array_equal(np.array(image), pixels)
-    if as_is:                                               # not so if EXIF turns it, or it has a transparent color
-        run.write_bytes(Path(target), Path(source).read_bytes())
-    else:
-        write_png(target, pixels)
+    write_png(target, pixels)
     return pixels.shape[:2]
 
 
@@ -190,7 +163,7 @@ def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]
 
 
 def cut(image: np.ndarray, corner: tuple[int, int], side: int, scale: int) -> np.ndarray:
-    """The part [scale * side, scale * side, 3] of an output at `corner` (y, x) of its LR image, in LR px; scale 1: LR."""
+    """The part [scale * side, scale * side, 3] of an SR image at `corner` (y, x) of its LR image, in LR px; scale 1: of LR."""
     y, x = (scale * place for place in corner)
     return np.ascontiguousarray(image[y:y + scale * side, x:x + scale * side])
 
