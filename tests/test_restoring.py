@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import color_fix, dist, metrics, mllm, restoring, run, sr_policy, sr_tiles, sr_variants
+from common import dist, metrics, restoring, run, sr_latent, sr_policy
 from common.config import load_config
 from common.images import read_image, resize, to_pixels, write_png
 from common.sr_policy import Policy
-from conftest import ROOT, build_judge, load_stage, make_images, run_stage, tree
+from conftest import ROOT, load_stage, run_stage, tree
 from test_sr_latent import load, models                                 # noqa: F401 (a fixture)
-from test_sr_policy import STEPS, tiny_policy
+from test_sr_policy import tiny_policy
 
 KEY = (0, "folder", "cat.png")
 
@@ -66,7 +65,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def restore(policy: Policy, lr: np.ndarray, tile: int = 16, overlap: int = 8, batch: int = 3) -> np.ndarray:
-    return to_pixels(sr_tiles.restore(policy, lr, KEY, tile=tile, overlap=overlap, batch=batch))[0]
+    return to_pixels(restoring.restore(policy, lr, KEY, tile=tile, overlap=overlap, batch=batch))[0]
 
 
 # tiles -----------------------------------------------------------------------------------------------------
@@ -75,12 +74,12 @@ def restore(policy: Policy, lr: np.ndarray, tile: int = 16, overlap: int = 8, ba
     ((48, 64), 16, 4, 2), ((16, 16), 16, 8, 8), ((8, 200), 64, 16, 8), ((50, 34), 17, 5, 2), ((64, 64), 24, 12, 4),
     ((40, 40), 16, 0, 2), ((1000, 24), 9, 4, 1)])
 def test_tiles_cover_the_image_and_their_weights_sum_to_one_or_more(size, tile, overlap, multiple):
-    tiles = sr_tiles.cut_into_tiles(*size, tile=tile, overlap=overlap, multiple=multiple)
+    tiles = restoring.cut_into_tiles(*size, tile=tile, overlap=overlap, multiple=multiple)
     total = np.zeros(size)
     for y, x in tiles.corners:
         (h, w), (height, width) = tiles.side, size
         assert y % multiple == x % multiple == 0 and 0 <= y <= height - h and 0 <= x <= width - w
-        down, across = (sr_tiles.weights(at, side, whole, tiles.overlap).numpy()
+        down, across = (restoring.tile_weights(at, side, whole, tiles.overlap).numpy()
                         for at, side, whole in ((y, h, height), (x, w, width)))
         total[y:y + h, x:x + w] += down[:, None] * across
         if overlap >= 4:                                    # at the border of a tile, inside the image: no weight
@@ -93,10 +92,10 @@ def test_tiles_cover_the_image_and_their_weights_sum_to_one_or_more(size, tile, 
 def test_without_what_sees_the_whole_image_tiles_are_the_whole(policy):
     local = Policy(Convolutions(policy.unet.config), policy.sampler).eval()
     lr = picture(40, 52)
-    whole = sr_tiles.restore(local, lr, KEY, tile=64, overlap=0, batch=1)
-    tiled = sr_tiles.restore(local, lr, KEY, tile=24, overlap=12, batch=4)      # 3 px of margin; 2 are seen, LR's one
+    whole = restoring.restore(local, lr, KEY, tile=64, overlap=0, batch=1)
+    tiled = restoring.restore(local, lr, KEY, tile=24, overlap=12, batch=4)      # 3 px of margin; 2 are seen, LR's one
     assert (whole - tiled).abs().max() < 1e-5 and whole.std() > 0.1
-    cut = sr_tiles.restore(local, lr, KEY, tile=24, overlap=0, batch=4)
+    cut = restoring.restore(local, lr, KEY, tile=24, overlap=0, batch=4)
     assert (whole - cut).abs().max() > 0.01
 
 
@@ -105,9 +104,9 @@ def test_one_tile_is_restore_to_the_bit_and_batches_do_not_matter(policy):
     seen = torch.from_numpy(lr).permute(2, 0, 1)[None].float().div(255)
     noise = sr_policy.draw_noise([KEY], (16, 16, 12), seen.device)
     expected = sr_policy.restore(policy, policy.observe(seen, [KEY]), noise)
-    assert torch.equal(sr_tiles.restore(policy, lr, KEY, tile=16, overlap=8, batch=1), expected)
+    assert torch.equal(restoring.restore(policy, lr, KEY, tile=16, overlap=8, batch=1), expected)
     lr = picture(40, 40)
-    one, many = (sr_tiles.restore(policy, lr, KEY, tile=16, overlap=8, batch=batch) for batch in (1, 16))
+    one, many = (restoring.restore(policy, lr, KEY, tile=16, overlap=8, batch=batch) for batch in (1, 16))
     assert (one - many).abs().max() < 1e-4
 
 
@@ -117,7 +116,7 @@ def test_there_is_no_seam(policy):
     whole = restore(policy, lr, tile=96).astype(float)
     for overlap in (0, 8):
         tiled = restore(policy, lr, tile=32, overlap=overlap).astype(float)
-        tiles = sr_tiles.cut_into_tiles(64, 96, tile=32, overlap=overlap, multiple=2)
+        tiles = restoring.cut_into_tiles(64, 96, tile=32, overlap=overlap, multiple=2)
         borders = sorted({4 * x for _, x in tiles.corners} - {0} | {4 * (x + 32) for _, x in tiles.corners} - {384})
         across, expected = (np.abs(np.diff(image, axis=1))[:, [x - 1 for x in borders]].mean()
                             for image in (tiled, whole))
@@ -129,10 +128,6 @@ def test_there_is_no_seam(policy):
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (17, 23), (16, 33)])
 def test_any_size_is_padded_by_reflection_and_cropped_back(policy, size):
     lr = picture(*size)
-    padded = sr_tiles.pad(lr, 8)
-    assert padded.shape[0] % 8 == padded.shape[1] % 8 == 0 and np.array_equal(padded[:size[0], :size[1]], lr)
-    if size == (17, 23):
-        assert np.array_equal(padded[17:24], padded[15:8:-1])
     assert restore(policy, lr).shape == (4 * size[0], 4 * size[1], 3)
 
 
@@ -142,52 +137,9 @@ def test_published_kinds_of_models_restore_any_size(kind, models, tmp_path):   #
     small = picture(16, 16)
     seen = model.observe(torch.from_numpy(small).permute(2, 0, 1)[None].float().div(255), [KEY])
     noise = sr_policy.draw_noise([KEY], (model.channels, 16, 16), seen.device)
-    whole = sr_tiles.restore(model, small, KEY, tile=16, overlap=8, batch=1)
+    whole = restoring.restore(model, small, KEY, tile=16, overlap=8, batch=1)
     assert torch.equal(whole, sr_policy.restore(model, seen, noise))
     assert restore(model, picture(21, 37)).shape == (84, 148, 3)
-
-
-# hybrid and step counts --------------------------------------------------------------------------------------
-
-def test_hybrid_takes_tuned_weights_for_the_first_steps_and_base_for_the_rest(policy):
-    tuned = lively(lively(tiny_policy()))
-    lr = torch.rand(2, 3, 8, 8, generator=run.generator(0, "lr"))
-    noise = sr_policy.draw_noise([(0, i) for i in range(2)], (16, 8, 8), lr.device)
-    for share, switch in ((0.8, 4), (0.4, 2), (0.2, 1)):
-        expected = noise
-        with torch.no_grad():
-            for i in range(STEPS):
-                acting = tuned if i < switch else policy
-                expected = stepped(acting, expected, i, lr)
-            expected = policy.decode(expected, lr)
-        mixed = sr_variants.Hybrid(tuned, policy, share)
-        assert torch.equal(sr_policy.restore(mixed, mixed.observe(lr, []), noise), expected)
-    assert not torch.equal(expected, sr_policy.restore(tuned, lr, noise))
-    assert not torch.equal(expected, sr_policy.restore(policy, lr, noise))
-    assert restore(sr_variants.Hybrid(tuned, policy, 0.8), picture(20, 40)).shape == (80, 160, 3)
-    for share in (0.01, 0.99):
-        with pytest.raises(SystemExit):
-            sr_variants.Hybrid(tuned, policy, share)
-
-
-def stepped(policy: Policy, x: torch.Tensor, i: int, lr: torch.Tensor) -> torch.Tensor:
-    """The state after ODE step i."""
-    return sr_policy.step(policy, x, torch.full((len(x),), i), lr)[0]
-
-
-def test_other_numbers_of_steps_and_the_clock(policy, tmp_path):
-    for folder in ("cold_start", "policy"):
-        sr_policy.save_policy(policy, tmp_path / folder)
-    lr = torch.rand(1, 3, 8, 8, generator=run.generator(0, "lr"))
-    noise = sr_policy.draw_noise([(0, "x")], (16, 8, 8), lr.device)
-    for steps in (2, 10):
-        found = sr_variants.load(tmp_path, ["base", "hybrid"], torch.device("cpu"), hybrid=0.5, steps=steps)
-        expected = Policy(policy.unet, replace(policy.sampler, steps=steps, times=[]))
-        assert list(found) == ["base", "hybrid"] and found["hybrid"].switch == steps // 2
-        assert torch.equal(sr_policy.restore(found["base"], lr, noise), sr_policy.restore(expected, lr, noise))
-    clocked = sr_variants.Clocked(policy)
-    assert torch.equal(sr_policy.restore(clocked, clocked.observe(lr, []), noise), sr_policy.restore(policy, lr, noise))
-    assert len(clocked.seconds) == 2 and min(clocked.seconds) > 0
 
 
 # color -----------------------------------------------------------------------------------------------------
@@ -196,15 +148,15 @@ def test_color_fixes_bring_back_the_color_of_lr_and_keep_detail():
     soft = torch.from_numpy(picture(96, 96)).permute(2, 0, 1)[None].float().div(255) * 0.6 + 0.2
     detail = 0.05 * torch.randn(soft.shape, generator=run.generator(0, "detail"))
     shifted = soft + detail + torch.tensor([0.1, -0.05, 0.02])[:, None, None]
-    fixed = color_fix.fix(shifted, soft, "adain")
+    fixed = restoring.fix_color(shifted, soft, "adain")
     for c in range(3):                                                          # slow: a channel at a time
         assert float(fixed[0, c].mean()) == pytest.approx(float(soft[0, c].mean()), abs=1e-3)
         assert float(fixed[0, c].std()) == pytest.approx(float(soft[0, c].std()), abs=2e-3)
-    fixed = color_fix.fix(shifted, soft, "wavelet")
-    low = color_fix.low_frequencies
+    fixed = restoring.fix_color(shifted, soft, "wavelet")
+    low = restoring.low_frequencies
     assert (low(fixed) - low(soft)).abs().max() < 0.02 < (low(shifted) - low(soft)).abs().max()
     assert ((fixed - soft) - detail).square().mean().sqrt() < 0.01
-    assert color_fix.fix(shifted, soft, "none") is shifted
+    assert restoring.fix_color(shifted, soft, "none") is shifted
     line = torch.zeros(1, 3, 1, 201)
     line[..., 100] = 1                                                          # all of it stays, ever wider
     assert float(low(line).sum()) == pytest.approx(3, abs=1e-5) and (low(line)[0, 0, 0] > 1e-6).sum() > 60
@@ -267,13 +219,12 @@ def test_a_folder_of_all_kinds_of_pictures(trained, photos, tmp_path):
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [item["file"] for item in skipped] == ["broken.png", "empty.jpg"]
     turned = read_image(photos / "trip" / "turned.jpg")
-    tuned = sr_variants.load(trained / "04_train_sr_grpo", ["tuned"], torch.device("cpu"), hybrid=0)["tuned"]
-    expected = sr_tiles.restore(tuned, turned, (0, "folder", "trip/turned.jpg"), tile=16, overlap=8, batch=4)
+    tuned = sr_latent.load_policy(trained / "04_train_sr_grpo" / "policy", torch.device("cpu"))
+    expected = restoring.restore(tuned, turned, (0, "folder", "trip/turned.jpg"), tile=16, overlap=8, batch=4)
     assert np.array_equal(read_image(out / "tuned" / "trip" / "turned.png"), to_pixels(expected)[0])
     assert tree(photos) == before                                               # no input was touched
     page = (out / "index.html").read_text()
     assert page.count("<figure>") == 7 and "broken.png" in page and "tuned/trip/day%201/cake%20%26%20tea.png" in page
-    assert min(read_image(out / "contact_sheet.png").shape[:2]) > 300
 
 
 def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
@@ -282,16 +233,17 @@ def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
     stage_05(argv)
     first = tree(out)
     assert stage_05(argv)["restored_now"] == 0 and tree(out) == first
-    (out / "restored_0.jsonl").write_text('{"file": "cake", "sha')               # of a rank that was killed
     (out / "tuned" / "gray.png").unlink()
     (out / "tuned" / "cat.jpg.png").write_bytes(b"torn")
     assert stage_05(argv)["restored_now"] == 2 and tree(out) == first
     write_png(photos / "gray.png", picture(16, 16, 9))                     # another input under an old name
     write_png(photos / "new.png", picture(8, 8, 10))
     assert stage_05(argv)["restored_now"] == 2
-    assert len((out / "restored.jsonl").read_text().splitlines()) == 10
-    run.write_json(trained / "04_train_sr_grpo" / "manifest.json", {"results": {"trained": "anew"}})
+    weights = trained / "04_train_sr_grpo" / "policy" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    sr_policy.save_policy(tiny_policy(), weights.parent)
     assert stage_05(argv)["restored_now"] == 8
+    weights.write_bytes(content)
     assert tree(out)                                                            # closing .lock gives the lock back
     held = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, 2); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", held, str(out / ".lock")],
@@ -299,7 +251,6 @@ def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
         other.stdout.readline()
         stage_05(argv)
     assert stop.value.code == 2 and (out / "manifest.json").exists()            # another process is at work there
-    run.write_json(trained / "04_train_sr_grpo" / "manifest.json", {"results": {}})
 
 
 def test_a_killed_run_goes_on_and_two_processes_write_the_same_bytes(trained, photos, tmp_path):
@@ -335,27 +286,18 @@ def test_a_process_that_has_finished_waits_for_the_others(trained, tmp_path):
 
 def test_out_may_lie_inside_and_the_variants_are_side_by_side(trained, photos):
     out = photos / "restored"
-    argv = arguments(trained, photos, out, "policy=base,tuned,hybrid", "hybrid=0.6", "color_fix=wavelet")
+    argv = arguments(trained, photos, out, "variants=base,tuned", "color_fix=wavelet")
     assert stage_05(argv)["restored_now"] == 7 and stage_05(argv)["restored_now"] == 0      # outputs are no inputs
-    base, tuned, hybrid = (read_image(out / name / "gray.png") for name in ("base", "tuned", "hybrid"))
-    assert not np.array_equal(base, tuned) and not np.array_equal(tuned, hybrid) and not np.array_equal(base, hybrid)
-
-
-def test_scores_are_the_judges_means_over_crops():
-    judge, _ = build_judge()
-    lr, image, other, _ = make_images(0, 48, 64)
-    found = restoring.score(judge, 16, lr, {"bicubic": image, "tuned": other}, limit=100)
-    slow = [mllm.expected_scores(judge, [lr[y:y + 4, x:x + 4]], [[other[4 * y:4 * y + 16, 4 * x:4 * x + 16]]])[0, 0]
-            for y in (0, 4, 8) for x in (0, 4, 8, 12)]
-    assert list(found["tuned"].values()) == pytest.approx(torch.stack(slow).mean(0).tolist(), abs=2e-4)
+    base, tuned = (read_image(out / name / "gray.png") for name in ("base", "tuned"))
+    assert not np.array_equal(base, tuned)
 
 
 @pytest.mark.parametrize("more, message", [
     (("out={photos}",), "is or holds lr_dir"), (("out={photos}/..",), "is or holds lr_dir"),
     (("out={photos}/trip",), "did not write"), (("lr_dir={photos}/none",), "is not a folder"),
-    (("policy=hybrid",), "needs a share"), (("policy=best",), "should be some of base, tuned, hybrid"),
+    (("variants=best",), "should be tuned, base or both"), (("policy={photos}",), "neither the folder of a finished"),
     (("overlap=12",), "overlap 0 to half of it"), (("color_fix=lab",), "should be one of"),
-    (("policy=hybrid", "hybrid=0.01"), "no mix"), (("run={photos}",), "04_train_sr_grpo.py")])
+    (("run={photos}",), "04_train_sr_grpo.py")])
 def test_what_cannot_be_restored_is_refused_in_one_line(trained, photos, tmp_path, capsys, more, message):
     before = tree(photos)
     with pytest.raises(SystemExit) as stop:
@@ -366,7 +308,7 @@ def test_what_cannot_be_restored_is_refused_in_one_line(trained, photos, tmp_pat
 
 
 if __name__ == "__main__" and "RANK" in os.environ:
-    dist.init.__defaults__, restore_one = (timedelta(seconds=2),), restoring.restore_one
-    restoring.restore_one = lambda *given, **more: (
-        time.sleep(5 * (os.environ["RANK"] == "0")), restore_one(*given, **more))[1]        # one rank is slow
+    dist.init.__defaults__, restore_picture = (timedelta(seconds=2),), restoring.restore_picture
+    restoring.restore_picture = lambda *args, **more: (
+        time.sleep(5 * (os.environ["RANK"] == "0")), restore_picture(*args, **more))[1]     # one rank is slow
     stage_05(sys.argv[1:])
