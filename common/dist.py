@@ -1,12 +1,8 @@
 """
-Ranks, in one file that works the same without torchrun (then there is one rank and nothing is exchanged).
+Ranks: the same calls work without torchrun; then there is one rank, and nothing is exchanged.
 
-gloo carries CPU tensors, nccl CUDA tensors. Sums are sums: divide once, by a count that was summed, too.
-Every rank must make the same calls in the same order.
-
-Cohorts: one LR image and its candidates with labels, as the reward model trains and is evaluated on them.
-
-Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
+gloo carries CPU tensors, nccl CUDA tensors. Sums are sums: divide once, by a count that was summed, too. Every rank
+must make the same calls in the same order. A rank that fails or dies ends the job: torchrun sees to that.
 """
 import os
 import time
@@ -20,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from common.config import fail
 
-TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone: torchrun ends the job when one dies
+TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone
 
 
 def init(timeout: timedelta = TIMEOUT) -> torch.device:
