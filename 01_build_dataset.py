@@ -9,8 +9,8 @@ Run     python 01_build_dataset.py configs/demo.yaml                         # t
 Reads   photographs (hr_dir), LR-only images (lr_dir), or a preference set that exists (import_from); outputs of other
         SR programs (candidates)
 Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/  candidates/  skipped.jsonl
-                                  contact_sheet.png (look at it)  quality.json (statistics, leaks, what names tell)
-                                  config.yaml  manifest.json
+                                  contact_sheet.png (look at it)
+                                  config.yaml  manifest.json (how many labels, what names alone explain)
                                   judgements.jsonl  annotation_report.md  annotation_report.json (if people judge)
 Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.67 of the test pairs right.
 
@@ -19,32 +19,43 @@ compares the down-sampled candidate with the down-sampled HR image; naturalness 
 detail with the natural image that the candidate was made from, before a fault was added; overall is their
 geometric mean.
 """
+import contextlib
+import hashlib
+import json
 import math
+import multiprocessing
+import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from common import (annotate, candidates, degrade, dist, duplicates, imports, metrics, mllm_labels,
-                    photos, quality, run, sources)
-from common.config import fail, load_config
-from common.contact_sheet import contact_sheet, rows_of
-from common.groups import SPLITS
-from common.images import find, luma, read_image, resize, to_float, to_uint8, write_png
-from common.jobs import run_jobs, stamp, start_pool
+from common import annotate, candidates, degrade, dist, imports, metrics, run, sources
+from common.config import fail, load_config, nearest
+from common.groups import SPLITS, label_arrays, method_prior
+from common.images import find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
-CROP_TRIES = 20
-AT_ONCE = 32                    # crops of one picture in a job: enough to read it seldom, few enough for many cores
+MIN_ZOOM = 0.3333       # photographs are shrunk by a random factor of this to 1: many scales, few blurred pixels
+MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sky, all candidates look alike
+CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
+DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
+DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
+PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning; 0.67 is the demo
+CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "annotate_splits",
-        "annotate_without", "labels", "workers", "hf_batch", "label_batch")  # use, and speed
-DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
+        "annotate_without", "labels", "workers", "hf_batch")            # may change: use of a finished set, and speed
 
 
 @dataclass
@@ -57,34 +68,25 @@ class Config:
     hr_size: int = 512                  # px, side of a crop and of every candidate
     scale: int = 4                      # HR side / LR side
     degradation: str = "realesrgan"     # realesrgan, light, mild (ours, for tiny images) or bicubic
-    min_zoom: float = 0.3333            # photographs are shrunk by a random factor in min_zoom..1
-    min_detail: float = 8.0             # crops with a smaller std of the luma (of 255) are drawn again
-    max_source_share: float = 0.15      # no source gives more than this part of the groups of its split
+    max_source_share: float = 0.15      # no photograph gives more than this part of the groups of its split
     # instead: a preference set that exists; common/imports.py documents its two layouts ---------------------
     import_from: str | None = None      # a table (.csv, .jsonl), or a folder of numbered folders as in RefSR-18K
     import_roles: list[str] = field(default_factory=list)   # of such a folder: which file is what, as ROLE=PATTERN
-    strict: bool = False                # stop at the first bad image and do not skip it; imports always do
-    # groups -------------------------------------------------------------------------------------------------
+    # groups: one LR image and its candidates ------------------------------------------------------------------
     train_groups: int = 20000           # LR images per split
     val_groups: int = 200               # the same for validation
     test_groups: int = 500              # and for the test
     val_sources: list[str] = field(default_factory=list)    # names without suffix; empty: val_fraction
     test_sources: list[str] = field(default_factory=list)   # the same for the test split
-    val_fraction: float = 0.05          # part of the pictures, chosen by a hash of seed and name
+    val_fraction: float = 0.05          # part of the photographs, chosen by a hash of seed and name
     test_fraction: float = 0.1          # the same for the test split
     # candidates: one entry each: hr, resample, inconsistent, unnatural (`a|b`: one of them by chance),
-    # folder:NAME=PATH (outputs of any SR program, matched by file name), hf:NAME=MODEL (id or path), perhaps followed
-    # by ?seeds=2&steps=10+20&guidance=1+4 (all combinations, joined by + and not by commas)
-    candidates: list[str] = field(default_factory=lambda: ["hr", "resample", "inconsistent", "unnatural"]) # see above
-    double_fault: float = 0.6           # probability of an unnatural fault on top of an inconsistent one
-    tie_margin: float = 0.05            # of scores in 0..1; smaller differences share a rank: nobody would see them
-    hf_steps: int = 50                  # denoising steps of an hf: diffusion pipeline that names none
+    # folder:NAME=PATH (outputs of any SR program), hf:NAME=MODEL (a published model; see common/sources.py)
+    candidates: list[str] = field(default_factory=lambda: list(sources.BUILT_IN))   # see above
     hf_prompt: str = ""                 # what hf: pipelines with text are told; guidance above 1 needs one
     hf_batch: int = 1                   # LR images at once through an hf: model: memory and speed, and rounding
-    label: str = "proxy"                # proxy, or mllm: label_model is asked for each pair in both orders
-    label_model: str | None = None      # hub id or folder of any image-text-to-text model of transformers
-    label_batch: int = 8                # questions at once: memory and speed, and rounding
-    # people, once the data set is built (see README) ----------------------------------------------------------
+    tie_margin: float = 0.05            # of scores in 0..1; smaller differences share a rank: nobody would see them
+    # people, once the data set is built (see common/annotate.py) ----------------------------------------------
     annotate: bool = False              # serve the page on which people compare candidates
     annotate_host: str = "127.0.0.1"    # this machine alone; 0.0.0.0 lets others in who know the address
     annotate_port: int = 0              # 0: any free one
@@ -104,88 +106,235 @@ class Config:
             f"hr_size {self.hr_size} should be a multiple of scale {self.scale} and at least 4 times as large"
         assert self.degradation in degrade.KINDS, \
             f"degradation should be one of {', '.join(degrade.KINDS)}, got {self.degradation!r}"
-        for key in ("min_zoom", "max_source_share"):
-            assert 0 < vars(self)[key] <= 1, f"{key} should be in (0, 1], got {vars(self)[key]}"
-        for key in ("val_fraction", "test_fraction", "double_fault", "tie_margin"):
+        assert 0 < self.max_source_share <= 1, f"max_source_share should be in (0, 1], got {self.max_source_share}"
+        for key in ("val_fraction", "test_fraction", "tie_margin"):
             assert 0 <= vars(self)[key] <= 1, f"{key} should be in 0..1, got {vars(self)[key]}"
+        for key in ("train_groups", "hf_batch"):
+            assert vars(self)[key] >= 1, f"{key} {vars(self)[key]} is too small"
+        for key in ("val_groups", "test_groups", "annotate_groups", "workers"):
+            assert vars(self)[key] >= 0, f"{key} {vars(self)[key]} is too small"
         assert self.annotate_splits and set(self.annotate_splits) <= set(SPLITS), \
             f"annotate_splits should be some of {', '.join(SPLITS)}, got {self.annotate_splits}"
         assert self.annotate_show in (2, 4), f"annotate_show should be 2 or 4, got {self.annotate_show}"
         assert self.labels in (None, "human", "proxy"), f"labels should be human or proxy, got {self.labels!r}"
         assert 0 <= self.annotate_port < 2**16, f"annotate_port should be in 0..65535, got {self.annotate_port}"
-        may_be_0 = ("val_groups", "test_groups", "annotate_groups", "workers")
-        for key in (*may_be_0, "train_groups", "hf_steps", "hf_batch", "label_batch"):
-            assert vars(self)[key] >= (key not in may_be_0), f"{key} {vars(self)[key]} is too small"
-        sources.check(self.candidates, self.lr_dir is None, self.hf_prompt)
-        assert self.label in ("proxy", "mllm"), f"label should be proxy or mllm, got {self.label!r}"
-        assert (self.label == "mllm") == bool(self.label_model), "label: mllm and label_model belong together"
-        assert self.label == "proxy" or not self.import_from, "label: mllm does not go with import_from"
+        assert len(self.sources) >= 2, "candidates: at least two are needed to compare"
+        for source in self.sources:
+            assert not self.lr_dir or set(source.get("kinds", [])) <= {"resample"}, \
+                "candidates: hr, inconsistent and unnatural need ground truth, which lr_dir has not"
+            assert self.hf_prompt or source.get("guidance", 1) <= 1, \
+                "candidates: guidance compares with an empty prompt, so it needs hf_prompt"
+
+    @property
+    def sources(self) -> list[dict]:
+        """The setting `candidates`, one dict per candidate of a group."""
+        return sources.expand(self.candidates)
+
+    @property
+    def crop_size(self) -> int:
+        return self.hr_size if self.hr_dir else self.hr_size // self.scale
 
 
-# data: photographs, crops, LR images ---------------------------------------------------------------------
+# many small jobs over the CPU cores ------------------------------------------------------------------------
 
-def usable_pictures(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
-    """[{source, path, area, sha256, hash}] of what can be used; the others go to skipped.jsonl."""
-    found = find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
-    jobs = [{"id": path, "path": path, "key": stamp([path])} for path in (str(own) for _, own in found)]
-    survey = partial(photos.survey, crop_size(cfg), cfg.min_detail)
-    facts = run_jobs(pool, survey, jobs, log=folder / "progress" / "survey.jsonl")
+def start_pool(workers: int) -> ProcessPoolExecutor | None:
+    """Worker processes (0: one per usable core), or None when one is asked for: then this process does the work."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()   # not on macOS
+    workers = workers or usable
+    spawn = multiprocessing.get_context("spawn")            # a fork of a process with threads may hang
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) if workers > 1 else None
+
+
+def end_with_parent() -> None:
+    """In a worker: leave as soon as the main process is gone, also by SIGKILL, instead of waiting for jobs for ever."""
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict], jobs: list[dict],
+             log: Path) -> dict[str, dict]:
+    """
+    {job["id"]: function(job)}. Results are JSON and are appended to `log`, so that a killed run does only the rest; a
+    job is done again when one of the files in job["files"] has changed. The function may stop the run with `fail`.
+    """
+    stamps = {job["id"]: [stamp(path) for path in job.get("files", [])] for job in jobs}
+    done = {}
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):               # half a line of a killed run: that job is done again
+            record = json.loads(line)
+            if record["stamps"] == stamps.get(record["id"]):
+                done[record["id"]] = record["result"]
+    left = [job for job in jobs if job["id"] not in done]
+    results = pool.map(function, left) if pool else map(function, left)
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            for job, result in tqdm(zip(left, results), total=len(left), desc=log.stem, mininterval=1, disable=not left):
+                record = {"id": job["id"], "stamps": stamps[job["id"]], "result": result}
+                file.write("\n" + json.dumps(record))       # the line feed comes first: it ends half a line
+                file.flush()
+                done[job["id"]] = result
+    except BrokenProcessPool:
+        fail("a worker process died, perhaps for want of memory: run again with workers=1")
+    return done
+
+
+def stamp(path: str) -> list:
+    """[path, bytes, ns of the last change]: another one once the file was written again."""
+    facts = os.stat(path) if os.path.exists(path) else None             # it may be a broken link
+    return [path, facts and facts.st_size, facts and facts.st_mtime_ns]
+
+
+# photographs and their splits --------------------------------------------------------------------------------
+
+def usable_photographs(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
+    """[{source, path, area, sha256}] of what can be used; the others go to skipped.jsonl."""
+    pictures = find(cfg.hr_dir or cfg.lr_dir, "hr_dir" if cfg.hr_dir else "lr_dir")
+    jobs = [{"id": str(path), "files": [str(path)]} for _, path in pictures]
+    facts = run_jobs(pool, partial(survey, cfg.crop_size), jobs, folder / "progress" / "survey.jsonl")
     usable, skipped, seen = [], [], {}
-    for source, path in found:
+    for source, path in pictures:
         fact = facts[str(path)]
         if "reason" not in fact and fact["sha256"] in seen:                    # it could lie in two splits
             fact = {"reason": f"same pixels as {seen[fact['sha256']]}"}
         if "reason" in fact:
             skipped.append({"path": str(path), "reason": fact["reason"]})
-            continue
-        seen[fact["sha256"]] = str(path)
-        usable.append({"source": source, "path": str(path)} | fact)
-    if skipped and cfg.strict:
-        fail(f"{skipped[0]['path']}: {skipped[0]['reason']}: repair or remove it, or set strict=false")
+        else:
+            seen[fact["sha256"]] = str(path)
+            usable.append({"source": source, "path": str(path)} | fact)
     run.write_lines(folder / "skipped.jsonl", skipped)
     print(f"{len(usable)} pictures, {len(skipped)} skipped" + (", see skipped.jsonl" if skipped else ""))
     if not usable:
-        fail(f"{cfg.hr_dir or cfg.lr_dir}: none of {len(found)} pictures can be used, the first because "
-                 f"{skipped[0]['path']}: {skipped[0]['reason']}; give others")
+        fail(f"{cfg.hr_dir or cfg.lr_dir}: none of {len(pictures)} pictures can be used, the first because "
+             f"{skipped[0]['path']}: {skipped[0]['reason']}; give others")
     return usable
 
 
-def plan_groups(cfg: Config, pictures: list[dict], near: list[dict]) -> list[dict]:
+def survey(size: int, job: dict) -> dict:
     """
-    One {id, split, source, path, sha256, foreign} per LR image; foreign: id of a group to take content from.
+    {area, sha256 of the pixels} of the picture job["id"], or {reason} if it is unusable.
 
-    near: sources that look alike, such as photographs of one burst; they are put into one split.
+    area: px in tiles of size x size, the size of a crop, whose luma has a standard deviation of at least MIN_DETAIL.
     """
-    counts = dict(zip(SPLITS, (cfg.train_groups, cfg.val_groups, cfg.test_groups)))
+    try:
+        image = read_image(job["id"])
+    except ValueError as error:
+        return {"reason": str(error)}
+    height, width = image.shape[:2]
+    if min(height, width) < size:
+        return {"reason": f"{width}x{height} is smaller than one crop of {size}x{size}"}
+    rows, columns = height // size, width // size
+    tiles = luma(image)[:rows * size, :columns * size].reshape(rows, size, columns, size)
+    lively = int((tiles.std(axis=(1, 3)) >= MIN_DETAIL).sum())
+    if lively == 0:
+        return {"reason": f"nearly flat everywhere (no tile has a standard deviation of {MIN_DETAIL:g} of 255)"}
+    return {"area": lively * size**2, "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+
+
+def split_sources(cfg: Config, names: list[str]) -> dict[str, str]:
+    """
+    Source name -> split: val_sources and test_sources, or where these are empty val_fraction and test_fraction of all
+    sources (at least one, unless it is 0) in the order of a hash of seed and name. The rest is for training.
+    """
     named = {"val": cfg.val_sources, "test": cfg.test_sources}
-    fractions = {"test": cfg.test_fraction if cfg.test_groups else 0,
-                 "val": cfg.val_fraction if cfg.val_groups else 0}
-    splits = photos.split_families(sorted({p["source"] for p in pictures}), near, named, fractions, seed=cfg.seed)
-    plan = []
-    for split in SPLITS:
-        own = [picture for picture in pictures if splits[picture["source"]] == split]
-        if counts[split] and not own:
-            fail(f"{split}_groups={counts[split]}, but no picture is for {split}: raise {split}_fraction")
-        given = photos.shares(own, counts[split], cfg.max_source_share)
-        chosen = [picture for picture, count in zip(own, given) for _ in range(count)]
-        members = [{"id": f"{split}_{number:05d}", "split": split, "source": picture["source"],
-                    "path": picture["path"], "sha256": picture["sha256"]} for number, picture in enumerate(chosen)]
-        plan += [group | {"foreign": choose_foreign(cfg, group, members)} for group in members]
+    fractions = {"test": cfg.test_fraction if cfg.test_groups else 0, "val": cfg.val_fraction if cfg.val_groups else 0}
+    splits = {}
+    for split, wanted in named.items():
+        for name in wanted:
+            if name not in names:
+                fail(f"{split}_sources: there is no usable picture {name!r}; did you mean {nearest(name, names)!r}?")
+            if name in splits:
+                fail(f"{split}_sources: {name!r} is given twice: a picture has one split")
+            splits[name] = split
+    free = sorted((name for name in names if name not in splits),
+                  key=lambda name: hashlib.sha256(f"{cfg.seed} {name}".encode(errors="surrogateescape")).digest())
+    for split, fraction in fractions.items():
+        count = max(1, round(fraction * len(names))) if fraction and not named[split] else 0
+        splits |= dict.fromkeys(free[:count], split)
+        free = free[count:]
+    if not free:
+        fail(f"{len(names)} usable picture(s) leave none for training: add some, or set val_groups=0 and test_groups=0")
+    return splits | dict.fromkeys(free, "train")
+
+
+def shares(photographs: list[dict], count: int, cap: float) -> list[int]:
+    """
+    `count` groups over photographs [{source, area}], in proportion to the area; what a source has above the share
+    `cap` goes to the others (the cap is lifted to an equal share where there are few sources).
+    """
+    total = {}
+    for photo in photographs:
+        total[photo["source"]] = total.get(photo["source"], 0) + photo["area"]
+    weight = {name: area / sum(total.values()) for name, area in total.items()}
+    cap = max(cap, 1 / max(1, len(total)))
+    full = set()
+    while any(weight[name] > cap + 1e-9 for name in weight):
+        full |= {name for name in weight if weight[name] >= cap}
+        rest = sum(total[name] for name in weight if name not in full)
+        left = 1 - cap * len(full)
+        weight = {name: cap if name in full else left * total[name] / rest for name in weight}
+    ends = np.cumsum([count * weight[p["source"]] * p["area"] / total[p["source"]] for p in photographs])
+    return np.diff(np.round(ends), prepend=0).astype(int).tolist()
+
+
+def plan_groups(cfg: Config, photographs: list[dict]) -> list[dict]:
+    """One {id, split, source, path, sha256, foreign} per LR image; foreign: id of a group to take content from."""
+    splits, plan = split_sources(cfg, sorted({photo["source"] for photo in photographs})), []
+    for split, count in zip(SPLITS, (cfg.train_groups, cfg.val_groups, cfg.test_groups)):
+        members = [photo for photo in photographs if splits[photo["source"]] == split]
+        if count and not members:
+            fail(f"{split}_groups={count}, but no picture is for {split}: raise {split}_fraction")
+        chosen = np.repeat(members, shares(members, count, cfg.max_source_share)).tolist()
+        groups = [{"id": f"{split}_{number:05d}", "split": split, "source": photo["source"], "path": photo["path"],
+                   "sha256": photo["sha256"]} for number, photo in enumerate(chosen)]
+        for group in groups:
+            rng = run.np_rng(cfg.seed, "foreign", group["id"])
+            for _ in range(20):                             # of another source, unless so many draws find none
+                other = groups[rng.integers(len(groups))]
+                if other["source"] != group["source"]:
+                    break
+            plan.append(group | {"foreign": other["id"]})
     return plan
 
 
-def choose_foreign(cfg: Config, group: dict, members: list[dict]) -> str:
-    """A group of the same split, of another source unless 20 draws find none."""
-    rng = run.np_rng(cfg.seed, "foreign", group["id"])
-    for _ in range(20):
-        other = members[rng.integers(len(members))]
-        if other["source"] != group["source"]:
-            break
-    return other["id"]
+def plan_import(cfg: Config) -> list[dict]:
+    """The groups of import_from with id and split: the split that the set gives, else by source as for photographs."""
+    groups = imports.read(Path(cfg.import_from), imports.parse_roles(cfg.import_roles))
+    splits = {group["source"]: group["split"] for group in groups}
+    if None in splits.values() and cfg.test_fraction == 1:                      # a set to measure with
+        splits = dict.fromkeys(splits, "test")
+    elif None in splits.values():
+        splits = split_sources(cfg, sorted(splits))
+    plan = []
+    for split in SPLITS:
+        members = [group for group in groups if splits[group["source"]] == split]
+        plan += [group | {"split": split, "id": f"{split}_{number:05d}"} for number, group in enumerate(members)]
+    print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}, "
+          f"{sum(bool(group['labels']) for group in plan)} of them labeled")
+    return plan
 
 
-def cut_picture(cfg: Config, job: dict) -> dict:
-    """Write hr/ and lr/ (only lr/ without ground truth) of a picture's groups; what was drawn, per group."""
+def settle_plan(folder: Path, make_plan: Callable[[], list[dict]]) -> list[dict]:
+    """The plan, kept in progress/plan.json; a folder that was begun with input that cannot be used is removed again."""
+    path = folder / "progress" / "plan.json"
+    begun_before = path.exists()
+    try:
+        plan = make_plan()
+    except SystemExit:
+        if not begun_before:                                # or corrected settings would be refused as others
+            run.discard(folder)
+        raise
+    if begun_before and run.read_json(path) != plan:
+        fail(f"the pictures changed since {folder} was begun: use another run= or delete the folder")
+    run.write_json(path, plan)
+    return plan
+
+
+# crops and LR images -----------------------------------------------------------------------------------------
+
+def cut_photograph(cfg: Config, job: dict) -> dict:
+    """Write hr/ and lr/ (only lr/ without ground truth) of a photograph's groups; what was drawn, per group."""
     image, folder = read_image(job["path"]), Path(job["folder"])
     drawn = {}
     for name in job["groups"]:
@@ -204,8 +353,8 @@ def cut_picture(cfg: Config, job: dict) -> dict:
 def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, dict]:
     """A random square of the picture, shrunk to the crop size; flat ones are drawn again."""
     rng = run.np_rng(cfg.seed, "crop", name)
-    size, (height, width) = crop_size(cfg), image.shape[:2]
-    smallest = max(cfg.min_zoom, size / min(height, width)) if cfg.hr_dir else 1.0
+    size, (height, width) = cfg.crop_size, image.shape[:2]
+    smallest = max(MIN_ZOOM, size / min(height, width)) if cfg.hr_dir else 1.0
     best = -1.0, None, None
     for _ in range(CROP_TRIES):
         side = min(round(size / smallest ** rng.random()), height, width)      # the zoom is log-uniform
@@ -215,52 +364,17 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
         contrast = float(luma(crop).std())
         if contrast > best[0]:
             best = contrast, crop[:, ::-1] if flip else crop, {"x": x, "y": y, "side": side, "flipped": flip}
-        if contrast >= cfg.min_detail:
+        if contrast >= MIN_DETAIL:
             break
     return np.ascontiguousarray(best[1]), best[2]
 
 
-def crop_size(cfg: Config) -> int:
-    return cfg.hr_size if cfg.hr_dir else cfg.hr_size // cfg.scale
-
-
-# instead: a preference set that exists -------------------------------------------------------------------
-
-def import_groups(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
-    """Copy what import_from names; what is not sound leaves no folder behind, unless copying has begun."""
-    plan_file = folder / "progress" / "plan.json"
-    begun_before = plan_file.exists()
-    try:
-        plan = plan_import(cfg)
-    except SystemExit:
-        if not begun_before:
-            run.discard(folder)
-        raise
-    if begun_before and run.read_json(plan_file) != plan:
-        fail(f"{cfg.import_from} changed since {folder} was begun: use another run= or delete the folder")
-    run.write_json(plan_file, plan)
-    print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}, "
-          f"{sum(bool(group['labels']) for group in plan)} of them labeled")
-    jobs = [group | {"key": stamp(imports.files_of(group))} for group in plan]
-    lines = run_jobs(pool, partial(imports.copy_group, folder), jobs, log=folder / "progress" / "import.jsonl")
-    return [lines[group["id"]] for group in plan]
-
-
-def plan_import(cfg: Config) -> list[dict]:
-    """The groups with split and id. The set's splits are taken as they are; else they go by source, as photographs."""
-    groups = imports.read(Path(cfg.import_from), imports.parse_roles(cfg.import_roles))
-    splits = {group["source"]: group["split"] for group in groups}
-    if None in splits.values() and cfg.test_fraction == 1:                     # a set to measure with
-        splits = dict.fromkeys(splits, "test")
-    elif None in splits.values():
-        named = {"val": cfg.val_sources, "test": cfg.test_sources}
-        splits = photos.split_sources(sorted(splits), named, {"test": cfg.test_fraction, "val": cfg.val_fraction},
-                                      seed=cfg.seed)
-    plan = []
-    for split in SPLITS:
-        members = [group for group in groups if splits[group["source"]] == split]
-        plan += [group | {"split": split, "id": f"{split}_{number:05d}"} for number, group in enumerate(members)]
-    return plan
+def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
+    """What hf: models make of the LR images; every rank calls it and makes its share."""
+    dist.barrier()                                          # all LR images are there
+    names = [group["id"] for group in run.read_json(folder / "progress" / "plan.json")]
+    sources.run_models(cfg.sources, folder, names, seed=cfg.seed, prompt=cfg.hf_prompt, batch=cfg.hf_batch, device=device)
+    dist.barrier()
 
 
 # candidates and labels -----------------------------------------------------------------------------------
@@ -270,31 +384,30 @@ def build_group(cfg: Config, job: dict) -> dict:
     folder, name = Path(job["folder"]), job["id"]
     lr, hr, foreign = read_image(folder / "lr" / f"{name}.png"), None, None
     if cfg.hr_dir:
-        hr, foreign = (read_image(folder / "hr" / f"{which}.png") for which in (name, job["foreign"]))
+        hr, foreign = (read_image(folder / "hr" / f"{group}.png") for group in (name, job["foreign"]))
     rng = run.np_rng(cfg.seed, "candidates", name)
-    listed, scores = [], {axis: [] for axis in AXES}
-    entries = sources.expand(cfg.candidates)
-    for index, which in enumerate(rng.permutation(len(entries))):
-        entry, path = entries[which], f"candidates/{name}_{index}.png"
-        if sources.is_external(entry):
-            image, pristine = sources.read_external(cfg, entry, job["external"][entry]), hr
-            record = sources.record(entry)
+    records, scores = [], {axis: [] for axis in AXES}
+    for index, number in enumerate(rng.permutation(len(cfg.sources))):
+        source, path = cfg.sources[number], f"candidates/{name}_{index}.png"
+        if "kinds" in source:
+            kind = str(rng.choice(source["kinds"]))
+            image, natural, record = make_candidate(cfg, kind, rng, lr=lr, hr=hr, foreign=foreign)
         else:
-            kind = str(rng.choice(entry.split("|")))
-            image, pristine, record = make_candidate(cfg, kind, rng, lr=lr, hr=hr, foreign=foreign)
+            image, natural = sources.read_output(job["outputs"][number], cfg.hr_size), hr
+            record = sources.record(source)
         write_png(folder / path, image)
-        listed.append({"id": f"{name}_{index}", "path": path} | record)
-        if hr is not None and cfg.label == "proxy":
+        records.append({"id": f"{name}_{index}", "path": path} | record)
+        if hr is not None:
             consistency = metrics.proxy_consistency(image, hr, lr)
-            naturalness = 1.0 if image is pristine else metrics.proxy_naturalness(image, pristine)
+            naturalness = 1.0 if image is natural else metrics.proxy_naturalness(image, natural)
             for axis, score in zip(AXES, (consistency, naturalness, math.sqrt(consistency * naturalness))):
                 scores[axis].append(round(score, 4))
     labels = {axis: {"ranks": metrics.ranks(values, cfg.tie_margin), "scores": values, "source": "proxy",
                      "votes": None} for axis, values in scores.items() if values}
     lr_path, hr_path = f"lr/{name}.png", f"hr/{name}.png" if cfg.hr_dir else None
-    files = [path for path in (lr_path, hr_path, *(candidate["path"] for candidate in listed)) if path]
+    files = [path for path in (lr_path, hr_path, *(record["path"] for record in records)) if path]
     return {"id": name, "split": job["split"], "source": job["source"], "scale": cfg.scale, "lr": lr_path,
-            "hr": hr_path, "crop": job["crop"], "degradation": job["degradation"], "candidates": listed,
+            "hr": hr_path, "crop": job["crop"], "degradation": job["degradation"], "candidates": records,
             "labels": labels, "sha256": {file: run.sha256(folder / file) for file in files}}
 
 
@@ -310,7 +423,7 @@ def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.n
     if kind == "unnatural":
         image, record = candidates.unnatural(image, cfg.scale, rng)
         return to_uint8(image), hr, record
-    double = rng.random() < cfg.double_fault
+    double = rng.random() < DOUBLE_FAULT
     strongest = DOUBLE_STRONGEST if double else 1.0
     image, record = candidates.inconsistent(image, to_float(foreign), rng, strongest=strongest)
     natural = to_uint8(image)
@@ -321,107 +434,130 @@ def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.n
     return to_uint8(image), natural, record
 
 
-# evaluate ------------------------------------------------------------------------------------------------
+# is the set worth training on ----------------------------------------------------------------------------
 
-def finish(folder: Path, groups: list[dict], near: list[dict], *, started: float, answers: dict | None) -> None:
-    """The data set, a picture of it, its quality, and the headline numbers. answers: of the label model."""
+def evenly_spaced(groups: list[dict], count: int = 8) -> list[dict]:
+    return [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, count).astype(int))]
+
+
+def contact_sheet(folder: Path, groups: list[dict]) -> None:
+    """PNG, a row per group: LR, HR, candidates with method, strength, rank (1 = best) and score per axis."""
+    rows, below = [], []
+    for group in groups:
+        lr = read_image(folder / group["lr"])
+        hr = read_image(folder / group["hr"]) if group["hr"] else np.full_like(lr, 255)
+        rows.append([lr, hr, *(read_image(folder / candidate["path"]) for candidate in group["candidates"])])
+        below.append([f"{group['id']}\n{group['source'][-22:]}\n{group['degradation'].get('kind', '')}", ""])
+        for index, candidate in enumerate(group["candidates"]):
+            lines = [candidate["method"]]
+            lines += [f"strength {candidate['strength']:.2f}"] if "strength" in candidate else []
+            for axis, label in group["labels"].items():
+                score = f"  ({label['scores'][index]:.2f})" if label.get("scores") else ""      # people give ranks only
+                lines.append(f"{axis} {label['ranks'][index]:g}{score}")
+            below[-1].append("\n".join(lines))
+    titles = ["LR", "HR", *(f"candidate {index}" for index in range(len(groups[0]["candidates"])))]
+    write_png(folder / "contact_sheet.png", sheet(rows, titles, 160, below))
+
+
+def quality(groups: list[dict]) -> dict:
+    """
+    For manifest.json: how many labels there are, and what a table of method names makes of them.
+
+    The method prior orders candidates by the mean training label of their method and sees no pixel. Where it is right
+    about nearly all pairs of the test split, the labels say little but the names of the methods, and so will a model
+    learn. axis_correlation: Pearson's, of consistency and naturalness (of minus the ranks where there are no scores).
+    """
+    labeled = [group for group in groups if group["labels"]]
+    train, test = ([group for group in labeled if group["split"] == split] for split in ("train", "test"))
+    labels, pairs, prior = label_arrays(labeled), {}, dict.fromkeys(AXES, math.nan)
+    for a, axis in enumerate(AXES):
+        if any(axis in group["labels"] for group in labeled):
+            pairs[axis] = int(metrics.pair_accuracy(labels.ranks[..., a], labels.ranks[..., a])[2].sum())
+    if train and test:
+        guesses, ranks = method_prior(test, train, label_arrays(train)), label_arrays(test).ranks
+        prior = {axis: round(metrics.pair_accuracy(guesses[..., a], ranks[..., a])[0], 4) for a, axis in enumerate(AXES)}
+    values = np.where(np.isnan(labels.scores).any((0, 1)), -labels.ranks, labels.scores)[..., :2].reshape(-1, 2)
+    values = values[~np.isnan(values).any(1)]
+    correlation = np.corrcoef(values.T)[0, 1] if len(values) > 1 and values.std(0).all() else math.nan
+
+    for split in SPLITS:
+        if not any(group["split"] == split for group in groups):
+            print(f"warning: no {split} groups: stages 02 and 03 need some")
+    if not labeled:
+        print("warning: no labels: stage 02 cannot train on this set")
+    if prior["overall"] > PRIOR_LIMIT:
+        print(f"warning: labels mostly encode method names: the name alone orders {prior['overall']:.0%} of the test "
+              "pairs rightly; mix strengths, settings or seeds in a method")
+    kinds = sorted({label["source"] for group in labeled for label in group["labels"].values()})
+    results = {"groups": len(groups), "candidates": sum(len(group["candidates"]) for group in groups),
+               "pairs": pairs.get("overall", max(pairs.values(), default=0)), "label_source": ", ".join(kinds) or "none"}
+    prior = {"method_prior": prior, "axis_correlation": round(float(correlation), 4)} if labeled else {}
+    return results | prior
+
+
+def publish(folder: Path, groups: list[dict]) -> dict:
+    """Write the data set and a picture of it; what manifest.json says of it."""
     run.write_lines(folder / "groups.jsonl", groups)
-    contact_sheet(folder, groups)
-    results = {"groups": len(groups), "candidates": sum(len(group["candidates"]) for group in groups)}
-    found = quality.check(groups, near, answers)
-    run.write_json(folder / "quality.json", found)
-    quality.show(found)
-    results |= quality.headline(found)
-    shutil.rmtree(folder / "progress")
-    run.write_manifest(folder, script=__file__, started=started, inputs=[], results=results)
-
-
-def prepare(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> tuple[list[dict], dict, list[dict]]:
-    """Write hr/ and lr/; returns the plan, what was drawn per group, and sources that look alike."""
-    # 1. which pictures can be used, and how many groups each gives
-    progress = folder / "progress"
-    begun_before = (progress / "plan.json").exists()
-    try:
-        pictures = usable_pictures(cfg, folder, pool)
-        near = duplicates.near_pairs(pictures)
-        plan = plan_groups(cfg, pictures, near)
-    except SystemExit:
-        if not begun_before:                              # or corrected settings would be refused as others
-            run.discard(folder)
-        raise
-    if begun_before and run.read_json(progress / "plan.json") != plan:
-        fail(f"the pictures changed since {folder} was begun: use another run= or delete the folder")
-    run.write_json(progress / "plan.json", plan)
-    print(f"{len(plan)} groups x {len(sources.expand(cfg.candidates))} candidates of {cfg.hr_size} px")
-
-    # 2. crops and LR images: a picture is read once for up to AT_ONCE of them
-    by_path = {}
-    for group in plan:
-        by_path.setdefault(group["path"], []).append(group["id"])
-    jobs = [{"id": f"{path} {start}", "path": path, "groups": names[start:start + AT_ONCE], "folder": str(folder)}
-            for path, names in by_path.items() for start in range(0, len(names), AT_ONCE)]
-    cut = run_jobs(pool, partial(cut_picture, cfg), jobs, log=progress / "crops.jsonl", unit="LR images",
-                   size=lambda job: len(job["groups"]))
-    return plan, {name: facts for result in cut.values() for name, facts in result.items()}, near
+    contact_sheet(folder, evenly_spaced(groups))
+    return quality(groups)
 
 
 @run.explained()
 def main(cfg: Config) -> None:
     started = time.time()
-    device, main_rank = dist.init(timeout=WAIT), dist.is_main()      # torchrun: hf: and label models run on all ranks
-    if cfg.label == "mllm":
-        pass                    # slow to import: only runs that ask a model pay
-        if not (Path(cfg.run) / Path(__file__).stem / "manifest.json").exists():
-            mllm_labels.find(cfg.label_model)             # a wrong name should not wait for all pictures
+    device, main_rank = dist.init(timeout=WAIT), dist.is_main()
     folder = run.open_stage(cfg, __file__, free=FREE, go_on=cfg.annotate or cfg.labels is not None)
     if (folder / "manifest.json").exists():
         dist.finish()                                     # people may take days: no rank waits for them
-        return annotate.ask_people(cfg, folder) if main_rank else None
+        return annotate.ask_people(cfg, folder, publish) if main_rank else None
     progress = folder / "progress"                        # what a killed run has done; removed at the end
     for path in (folder / "hr", folder / "lr", folder / "candidates", progress):
         path.mkdir(exist_ok=True)
-    pool, near, groups = start_pool(cfg.workers) if dist.is_main() else None, [], []
+    if not main_rank:                                     # torchrun: the other ranks run hf: models
+        if not cfg.import_from:
+            make_outputs(cfg, folder, device)
+        return dist.finish()
+    pool = start_pool(cfg.workers)
 
-    # 1. and 2. pictures, crops and LR images, or a set that exists
-    if dist.is_main() and cfg.import_from:
-        groups = import_groups(cfg, folder, pool)
-    elif dist.is_main():
-        plan, drawn, near = prepare(cfg, folder, pool)
-    dist.barrier()
+    if cfg.import_from:
+        # a set that exists: its groups, their splits, and copies of its pictures
+        plan = settle_plan(folder, lambda: plan_import(cfg))
+        jobs = [group | {"files": imports.files_of(group)} for group in plan]
+        groups = run_jobs(pool, partial(imports.copy_group, folder), jobs, progress / "import.jsonl")
+    else:
+        # 1. photographs -> splits: which photograph each group is cut from
+        plan = settle_plan(folder, lambda: plan_groups(cfg, usable_photographs(cfg, folder, pool)))
+        print(f"{len(plan)} groups x {len(cfg.sources)} candidates of {cfg.hr_size} px")
 
-    # 3. candidates and labels: one job per group
-    if not cfg.import_from:
-        names = [group["id"] for group in run.read_json(progress / "plan.json")]
-        sources.run_models(cfg, folder, names)
-        dist.barrier()
-    if dist.is_main() and not cfg.import_from:
-        outputs = sources.external_files(cfg, folder, names)
-        jobs = [group | drawn[group["id"]] | {"external": own, "key": stamp(own.values()), "folder": str(folder)}
-                for group, own in zip(plan, outputs.values())]
-        per_group = len(sources.expand(cfg.candidates))
-        build = partial(run_jobs, pool, partial(build_group, cfg), log=progress / "groups.jsonl", unit="candidates")
-        early = build(rows_of(jobs))                      # a picture to look at while the rest is made
-        contact_sheet(folder, [early[job["id"]] for job in rows_of(jobs)])
+        # 2. crops -> LR images
+        by_path = {}
+        for group in plan:
+            by_path.setdefault(group["path"], []).append(group["id"])
+        jobs = [{"id": f"{path} {start}", "path": path, "groups": ids[start:start + CROPS_PER_JOB],
+                 "folder": str(folder)} for path, ids in by_path.items() for start in range(0, len(ids), CROPS_PER_JOB)]
+        cut = run_jobs(pool, partial(cut_photograph, cfg), jobs, progress / "crops.jsonl")
+        drawn = {name: facts for result in cut.values() for name, facts in result.items()}
+
+        # 3. candidates of pretrained models, on all ranks
+        make_outputs(cfg, folder, device)
+
+        # 4. candidates and labels: one job per group; first a few, to look at while the rest is made
+        outputs = sources.output_files(cfg.sources, folder, [group["id"] for group in plan], cfg.scale)
+        jobs = [group | drawn[group["id"]] | {"outputs": paths, "files": list(filter(None, paths)), "folder": str(folder)}
+                for group, paths in zip(plan, outputs)]
+        build = partial(run_jobs, pool, partial(build_group, cfg), log=progress / "groups.jsonl")
+        contact_sheet(folder, list(build(evenly_spaced(jobs)).values()))
         print(f"first picture: {folder / 'contact_sheet.png'}", flush=True)
-        made = build(jobs, size=lambda job: per_group)
-        groups = [made[name] for name in names]
+        groups = build(jobs)
     if pool:
         pool.shutdown()
-    answers = None
-    if cfg.label == "mllm":
-        if dist.is_main():
-            run.write_lines(folder / "groups.jsonl", groups)  # for the other ranks
-        dist.barrier()
-        mllm_labels.ask_all(cfg, folder, device)
-        dist.barrier()
-        answers = mllm_labels.collect(cfg, folder, groups) if dist.is_main() else None
 
-    # 4. the data set, a picture of it, its quality, and the headline numbers
-    if main_rank:
-        finish(folder, groups, near, started=started, answers=answers)
+    # 5. the data set, a picture of it, and whether it is worth training on
+    results = publish(folder, [groups[group["id"]] for group in plan])
+    shutil.rmtree(progress)
+    run.write_manifest(folder, script=__file__, started=started, inputs=[], results=results)
     dist.finish()
-    if main_rank:
-        annotate.ask_people(cfg, folder)
+    annotate.ask_people(cfg, folder, publish)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ No path of a request ever becomes a path on the disk. Whoever knows the token ma
 import hmac
 import json
 import socket
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -122,10 +123,10 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def ask_people(cfg, folder: Path) -> None:
+def ask_people(cfg, folder: Path, publish: Callable) -> None:
     """What the settings `labels` and `annotate` of stage 01 ask for, on its finished folder."""
     if cfg.labels:
-        human_labels.set_labels(folder, cfg.labels, cfg.annotate_without)
+        human_labels.set_labels(folder, cfg.labels, cfg.annotate_without, publish)
     if cfg.annotate:
         page = annotation.open_page(folder, cfg.seed, cfg.annotate_show, cfg.annotate_splits, cfg.annotate_groups)
         serve(page, cfg.annotate_host, cfg.annotate_port)

@@ -318,7 +318,7 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
     groups = leave_out(groups, held_out) if split == "train" and held_out else groups
     if not groups:
         fail(f"{folder}: the split {split} has no labels, so there is nothing to learn from: let people "
-                 "compare (annotate=true and labels=human of 01), or build it with hr_dir or label=mllm"
+                 "compare (annotate=true and labels=human of 01), or build it with hr_dir"
                  + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
     if scale is None:
         scale = [np.sort([s for g in groups for s in common_scores(g["labels"].get(a, {}))]) for a in AXES]

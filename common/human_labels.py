@@ -10,17 +10,16 @@ prior of width PRIOR on the strengths keeps one-sided results finite; prior, its
 """
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from common import agreement, judgements, metrics, quality, run
+from common import agreement, judgements, metrics, run
 from common.config import fail
-from common.contact_sheet import contact_sheet
 from common.groups import SPLITS, all_groups
-from common.run import write_lines
 from common.run import plain
 
 PRIOR = 1.5                     # log odds; one judgement then pulls two candidates apart by about 1
@@ -97,14 +96,14 @@ def label(strengths: np.ndarray, margin: float, votes: int) -> dict:
             "scale": "group"}                                           # see labels.common_scores
 
 
-def set_labels(folder: Path, kind: str, without: list[str]) -> None:
+def set_labels(folder: Path, kind: str, without: list[str], publish: Callable[[Path, list[dict]], dict]) -> None:
     """
     Make `human` labels, or those that were built (`proxy`), the labels of groups.jsonl and of what is said about it.
 
     The others are kept beside them, so that either can be had again, byte by byte. without: annotators left out.
+    publish(folder, groups): stage 01 writes the set and says what its manifest holds.
     """
-    groups, manifest, old = all_groups(folder), *(run.read_json(folder / name) for name in
-                                                      ("manifest.json", "quality.json"))
+    groups, manifest = all_groups(folder), run.read_json(folder / "manifest.json")
     names = {group["id"]: [candidate["id"] for candidate in group["candidates"]] for group in groups}
     if kind == "human":
         pictures = {group["id"]: judgements.pictures_of(group) for group in groups}
@@ -120,10 +119,8 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
         for group in groups:
             group.setdefault("proxy_labels", group["labels"])
             group["labels"] = labels[group["id"]]
-        found = quality.check(groups, old["near_duplicates"])
         manifest.setdefault("proxy_results", manifest["results"])
-        manifest.setdefault("proxy_answers", old.get("label_model"))
-        manifest["results"] = plain(manifest["proxy_results"] | quality.headline(found) | counts(groups)
+        manifest["results"] = plain(manifest["proxy_results"] | publish(folder, groups) | counts(groups)
                                     | {"annotators": len(report["annotators"])})
         report |= {"labels": manifest["results"]}
         run.write_json(folder / "annotation_report.json", report)
@@ -131,13 +128,9 @@ def set_labels(folder: Path, kind: str, without: list[str]) -> None:
     else:
         for group in groups:
             group["labels"] = group.pop("proxy_labels", group["labels"])
-        found = quality.check(groups, old["near_duplicates"], manifest.pop("proxy_answers", old.get("label_model")))
+        publish(folder, groups)
         manifest["results"] = manifest.pop("proxy_results", manifest["results"])
-    write_lines(folder / "groups.jsonl", groups)
     run.write_json(folder / "manifest.json", manifest)
-    run.write_json(folder / "quality.json", found)
-    contact_sheet(folder, groups)
-    quality.show(found)
     print(f"labels: {kind}, " + json.dumps(manifest["results"]))
     for stem in ("02_train_reward", "03_eval_reward"):
         if (folder.parent / stem / "config.yaml").exists():

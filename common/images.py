@@ -173,9 +173,10 @@ def sheet(rows: list[list[np.ndarray]], titles: list[str], cell: int = 192,
     """
     Rows of uint8 images under column titles, enlarged to cell x cell px by repetition: uint8 [H, W, 3].
 
-    below: a line of text under each image.
+    below: a line of text under each image, or several.
     """
-    height = cell + GAP + HEADER * (below is not None)
+    lines = max((text.count("\n") + 1 for row in below or [] for text in row), default=0)
+    height = cell + GAP + HEADER * lines
     canvas = Image.new("RGB", (len(titles) * (cell + GAP) + GAP, HEADER + len(rows) * height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for x, title in enumerate(titles):
@@ -184,5 +185,5 @@ def sheet(rows: list[list[np.ndarray]], titles: list[str], cell: int = 192,
             tile = Image.fromarray(row[x]).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(tile, (GAP + x * (cell + GAP), HEADER + y * height))
             if below is not None:
-                draw.text((GAP + x * (cell + GAP), HEADER + y * height + cell), below[y][x], fill="black", font=font)
+                draw.text((GAP + x * (cell + GAP), HEADER + y * height + cell), below[y][x], fill="black", font=font, spacing=0)
     return np.asarray(canvas)

@@ -1,141 +1,185 @@
 """
-Entries of stage 01's setting `candidates`, and the pictures of those that other programs or models make.
+Images that other programs and published models make, as candidates of stage 01 (a door: behind its setting `candidates`).
 
-    folder:NAME=PATH
-    hf:NAME=MODEL?seeds=2&steps=10+20&guidance=1+4      MODEL a hub id or folder; everything behind it is optional
+    folder:NAME=PATH                                    outputs of any SR program, matched by the name of the LR image
+    hf:NAME=MODEL?seeds=2&steps=10+20&guidance=1+4      MODEL: a hub id or folder; what follows it is optional
 
 Each combination of seed, steps and guidance is a candidate of every group. Its method is NAME, with -stepsN and
--guidanceG where these are given; seeds of one setting are the same method.
+-guidanceG where these are given; seeds of one setting are the same method. Models have safetensors weights and are
+diffusers' LDM or x4-upscaler pipelines, or image-to-image networks of transformers such as Swin2SR.
 """
 import itertools
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
-from common import candidates, external
+from common import candidates, dist, run
 from common.config import fail
-from common.images import SUFFIXES, read_image
+from common.images import SUFFIXES, read_image, to_pixels, write_png
 
-BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")
-QUERY = {"seeds": int, "steps": int, "guidance": float}
-
-
-def is_external(entry: str) -> bool:
-    return entry.startswith(("folder:", "hf:"))
-
-
-def source_name(entry: str) -> str:
-    return entry.partition(":")[2].partition("=")[0]
+BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no other program
+NUMBERS = r"([1-9][\d.]*(?:\+[1-9][\d.]*)*)"                    # 10 or 10+20
+QUERY = re.compile(rf"(?:seeds=([1-9]\d*))?&?(?:steps={NUMBERS})?&?(?:guidance={NUMBERS})?")
+STEPS = 50                                                      # denoising steps where an entry gives none
+OPTIONS = ("seed", "steps", "guidance")
 
 
-def hf_query(entry: str) -> tuple[str, dict[str, list]]:
-    """(model, {key of QUERY: values}) of an hf: entry; AssertionError if it is not well formed."""
-    model, _, query = entry.partition("=")[2].partition("?")
-    found = {}
-    for part in filter(None, query.split("&")):
-        key, equals, text = part.partition("=")
-        assert key in QUERY and equals and key not in found, \
-            f"candidates: {entry!r}: {part!r} should be one of seeds=, steps=, guidance=, each once"
-        try:
-            found[key] = [QUERY[key](value) for value in text.split("+")]
-        except ValueError:
-            found[key] = []
-        most = 1 if key == "seeds" else 100                             # values; seeds is a number of seeds
-        assert 1 <= len(found[key]) <= most and min(found[key]) >= 1, \
-            f"candidates: {entry!r}: {part!r} should hold numbers of at least 1, several joined by +, one for seeds"
-    return model, found
+def expand(entries: list[str]) -> list[dict]:
+    """
+    The setting `candidates`, one dict per candidate of a group; AssertionError where an entry is not well formed.
 
-
-def expand(entries: list[str]) -> list[str]:
-    """Entries in which an hf: source stands for one seed, number of steps, and guidance."""
-    single = []
+        a|b         {kinds: [a, b]}                     one of BUILT_IN, drawn for each group
+        folder:     {method, folder}
+        hf:         {method, model} and those of seed, steps, guidance that the entry gives
+    """
+    expanded, names = [], {"hr", *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}
     for entry in entries:
-        if not entry.startswith("hf:") or "?" not in entry:
-            single.append(entry)
+        if not entry.startswith(("folder:", "hf:")):
+            for kind in entry.split("|"):
+                assert kind in BUILT_IN, \
+                    f"candidates: {kind!r} is none of {', '.join(BUILT_IN)}, folder:NAME=PATH, hf:NAME=MODEL"
+            expanded.append({"kinds": entry.split("|")})
             continue
-        model, found = hf_query(entry)
-        values = found | ({"seeds": range(1, found["seeds"][0] + 1)} if "seeds" in found else {})
+        name, _, place = entry.partition(":")[2].partition("=")
+        model, _, query = place.partition("?")
+        assert name.isidentifier() and model, \
+            f"candidates: {entry!r} should look like folder:NAME=PATH or hf:NAME=MODEL, NAME of letters only"
+        assert name not in names, f"candidates: {name} is a method of our own or there twice: give it another name"
+        names.add(name)
+        if entry.startswith("folder:"):
+            expanded.append({"method": name, "folder": place})
+            continue
+        match = QUERY.fullmatch(query)
+        assert match, f"candidates: {entry!r}: what follows ? should look like seeds=2&steps=10+20&guidance=1+4"
+        seeds, steps, guidance = match.groups()
+        values = {"seed": range(1, int(seeds) + 1)} if seeds else {}
+        values |= {"steps": [int(number) for number in steps.split("+")]} if steps else {}
+        values |= {"guidance": [float(number) for number in guidance.split("+")]} if guidance else {}
         for combination in itertools.product(*values.values()):
-            query = "&".join(f"{key}={value:g}" for key, value in zip(values, combination))
-            single.append(f"hf:{source_name(entry)}={model}?{query}")
-    return single
+            options = dict(zip(values, combination))
+            more = [f"-{key}{options[key]:g}" for key in ("steps", "guidance") if key in options]
+            expanded.append({"method": name + "".join(more), "model": model} | options)
+    return expanded
 
 
-def record(entry: str) -> dict:
-    """{method, seed, steps, guidance} of an expanded entry, as far as they are given."""
-    query = {key: values[0] for key, values in (hf_query(entry)[1] if entry.startswith("hf:") else {}).items()}
-    method = source_name(entry) + "".join(f"-{key}{query[key]:g}" for key in ("steps", "guidance") if key in query)
-    return {"method": method} | {"seed" if key == "seeds" else key: value for key, value in query.items()}
+def record(source: dict) -> dict:
+    """What groups.jsonl says of a candidate of this folder: or hf: source."""
+    return {key: source[key] for key in ("method", *OPTIONS) if key in source}
 
 
-def check(entries: list[str], has_hr: bool, prompt: str) -> None:
-    """AssertionError unless `entries` are a valid setting `candidates`; prompt: the setting hf_prompt."""
-    assert len(expand(entries)) >= 2, "candidates: at least two are needed to compare"
-    for entry in entries:
-        if is_external(entry):
-            assert source_name(entry).isidentifier() and entry.partition("=")[2].partition("?")[0], \
-                f"candidates: {entry!r} should look like folder:NAME=PATH or hf:NAME=MODEL, NAME of letters only"
-            guided = entry.startswith("hf:") and max(hf_query(entry)[1].get("guidance", [1])) > 1
-            assert prompt or not guided, \
-                f"candidates: {entry!r}: guidance compares with an empty prompt, so it needs hf_prompt"
+def folder_of(source: dict, stage: Path) -> Path:
+    """The folder with the outputs of a folder: or hf: source; stage: stage 01's folder."""
+    if "folder" in source:
+        return Path(source["folder"])
+    return stage / "external" / (source["method"] + (f"-seed{source['seed']}" if "seed" in source else ""))
+
+
+def run_models(sources: list[dict], stage: Path, names: list[str], *, seed: int, prompt: str, batch: int,
+               device: torch.device) -> None:
+    """
+    Make what the hf: sources lack for the LR images `names`, every rank its share.
+
+    An image depends on (seed, model, options, its name) only: its noise has a generator of its own, and a short batch
+    is filled up, so that all have one shape (another `batch` may round differently).
+    """
+    for source in sources:
+        if "model" not in source:
             continue
-        for name in entry.split("|"):
-            assert name in BUILT_IN, \
-                f"candidates: {name!r} is none of {', '.join(BUILT_IN)}, folder:NAME=PATH, hf:NAME=MODEL"
-            assert has_hr or name == "resample", \
-                f"candidates: {name!r} needs ground truth, which lr_dir has not; use resample, folder: or hf:"
-    names = [source_name(entry) for entry in entries if is_external(entry)]
-    taken = {"hr", *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}.intersection(names)
-    assert not taken, f"candidates: {', '.join(sorted(taken))} is a method of our own: give the source another name"
-    assert len(names) == len(set(names)), f"candidates: two folder: or hf: sources share a name ({names})"
+        out = folder_of(source, stage)
+        left = [name for name in names[dist.rank()::dist.world_size()] if not (out / f"{name}.png").exists()]
+        if not left:
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        restore = load_model(source, prompt, device)
+        keys = [source["seed"]] if source.get("seed", 1) > 1 else []
+        for start in tqdm(range(0, len(left), batch), desc=out.name, mininterval=1, disable=not dist.is_main()):
+            part = left[start:start + batch]
+            full = part + part[-1:] * (batch - len(part))
+            generators = [run.generator(seed, "hf", source["model"], name, *keys) for name in full]
+            images = restore([read_image(stage / "lr" / f"{name}.png") for name in full], generators)
+            for name, image in zip(part, images):
+                write_png(out / f"{name}.png", image)
 
 
-def where(folder: Path, entry: str) -> Path:
-    """The folder with the outputs of an expanded entry."""
-    if entry.startswith("folder:"):
-        return Path(entry.partition("=")[2])
-    own = record(entry)
-    return folder / "external" / (own["method"] + (f"-seed{own['seed']}" if "seed" in own else ""))
+def load_model(source: dict, prompt: str, device: torch.device) -> Callable:
+    """The model of an hf: source: (LR images uint8 [h, w, 3], generators) -> SR images uint8 [H, W, 3]."""
+    from diffusers import DiffusionPipeline, LDMSuperResolutionPipeline, StableDiffusionUpscalePipeline    # slow
+    from transformers import AutoModelForImageToImage
+
+    name, options = source["model"], [key for key in OPTIONS if key in source]
+    try:
+        DiffusionPipeline.load_config(name)
+        library = DiffusionPipeline
+    except OSError:                                         # no model_index.json there
+        library = AutoModelForImageToImage
+    try:
+        model = library.from_pretrained(name, use_safetensors=True).to(device)
+    except (OSError, ValueError) as error:
+        fail(f"candidates: hf: {name} cannot be loaded by diffusers or transformers (safetensors only): {error}")
+    is_network, has_text = library is AutoModelForImageToImage, isinstance(model, StableDiffusionUpscalePipeline)
+    if is_network and options:
+        fail(f"candidates: hf: {name} is a network without randomness: remove {' and '.join(options)} of it")
+    if not is_network and not isinstance(model, (LDMSuperResolutionPipeline, StableDiffusionUpscalePipeline)):
+        fail(f"candidates: hf: {name} is a {type(model).__name__}; supported are LDMSuperResolutionPipeline and "
+             "StableDiffusionUpscalePipeline")
+    if not has_text and source.get("guidance", 1) != 1:
+        fail(f"candidates: hf: {name} sees no text: remove guidance of it")
+    if is_network:
+        model.eval()
+    else:
+        model.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def restore(lrs: list[np.ndarray], generators: list[torch.Generator]) -> list[np.ndarray]:
+        pixels = torch.from_numpy(np.stack(lrs)).permute(0, 3, 1, 2).float().div(255)          # [B, 3, h, w]
+        if is_network:
+            return list(to_pixels(model(pixel_values=pixels.to(device)).reconstruction.clamp(0, 1)))
+        sampling = {"num_inference_steps": source.get("steps", STEPS), "generator": generators}
+        if has_text:
+            images = model(prompt=[prompt] * len(lrs), image=[Image.fromarray(lr) for lr in lrs],
+                           guidance_scale=source.get("guidance", 1.0), **sampling).images
+        elif pixels.shape[2] % 32 or pixels.shape[3] % 32:
+            fail(f"candidates: hf: {name} needs LR images in multiples of 32 px, these are "
+                 f"{pixels.shape[3]}x{pixels.shape[2]}: choose hr_size and scale so")
+        else:
+            images = model(image=pixels * 2 - 1, **sampling).images
+        return [np.array(image.convert("RGB")) for image in images]
+    return restore
 
 
-def run_models(cfg, folder: Path, names: list[str]) -> None:
-    """Make what the hf: sources lack, every rank its share of the LR images folder/lr/<name>.png."""
-    for entry in expand(cfg.candidates):
-        if entry.startswith("hf:"):
-            model, query = hf_query(entry)
-            options = {key: values[0] for key, values in query.items()} | {"prompt": cfg.hf_prompt}
-            external.restore_folder(model, folder / "lr", where(folder, entry), names=names, options=options,
-                                    steps=cfg.hf_steps, seed=cfg.seed, batch=cfg.hf_batch)
-
-
-def external_files(cfg, folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
-    """Group id -> {expanded entry: path of the image}; stops if a folder lacks outputs."""
-    files = {name: {} for name in names}
-    for entry in filter(is_external, expand(cfg.candidates)):
-        place = where(folder, entry)
-        paths = [path for path in sorted(place.glob("*")) if path.suffix.lower() in SUFFIXES]
-        by_name = {}
-        for path in paths:
-            if by_name.setdefault(path.stem, path) != path:
-                fail(f"candidates: {entry}: {by_name[path.stem]} and {path.name} are both for one LR image: remove "
-                         "one of them")
-        missing = [name for name in files if name not in by_name]
+def output_files(sources: list[dict], stage: Path, names: list[str], scale: int) -> list[list[str | None]]:
+    """Per LR image its file from each source, None for built-in ones; stops if a folder lacks outputs."""
+    columns = []
+    for source in sources:
+        if "kinds" in source:
+            columns.append([None] * len(names))
+            continue
+        place, by_name = folder_of(source, stage), {}
+        for path in sorted(path for path in place.glob("*") if path.suffix.lower() in SUFFIXES):
+            if path.stem in by_name:
+                fail(f"candidates: {by_name[path.stem]} and {path.name} are both for one LR image: remove one of them")
+            by_name[path.stem] = str(path)
+        missing = [name for name in names if name not in by_name]
         if missing:
-            fail(f"candidates: {entry}: {place} lacks {len(missing)} of {len(names)} outputs (first: "
-                     f"{missing[0]}.png). Run the x{cfg.scale} SR program on {folder / 'lr'}, write its "
-                     f"outputs to {place} under the same names, then run this command again to go on")
-        for name in files:
-            files[name][entry] = str(by_name[name])
-    return files
+            fail(f"candidates: {place} lacks {len(missing)} of {len(names)} outputs (first: {missing[0]}.png). Run the "
+                 f"x{scale} SR program on {stage / 'lr'}, write its outputs to {place} under the same names, then run "
+                 "this command again to go on")
+        columns.append([by_name[name] for name in names])
+    return list(map(list, zip(*columns)))
 
 
-def read_external(cfg, entry: str, path: str) -> np.ndarray:
-    """The image of an external source, of the size that cfg asks for."""
+def read_output(path: str, side: int) -> np.ndarray:
+    """An image from elsewhere, uint8 [side, side, 3]; stops if it is not one."""
     try:
         image = read_image(path)
     except ValueError as error:
-        fail(f"candidates: {entry}: {path} cannot be read ({error}): make it again")
-    if image.shape[:2] != (cfg.hr_size, cfg.hr_size):
-        fail(f"candidates: {entry}: {path} is {image.shape[1]}x{image.shape[0]}, expected {cfg.hr_size}x"
-                 f"{cfg.hr_size}, {cfg.scale} times the LR image")
+        fail(f"candidates: {path} cannot be read ({error}): make it again")
+    if image.shape[:2] != (side, side):
+        fail(f"candidates: {path} is {image.shape[1]}x{image.shape[0]}, expected {side}x{side}: make it from the LR image "
+             "of that name")
     return image

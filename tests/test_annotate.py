@@ -24,10 +24,10 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from annotation_server import Server, build_small, read_lines, request, stage_folder
-from common import agreement, annotate, human_labels, judgements, metrics, pairs, quality, run
+from common import agreement, annotate, human_labels, judgements, metrics, pairs
 from common.groups import all_groups, common_scores, digit_targets, label_arrays, load_cohorts, method_prior
 from common.images import read_image, resize
-from conftest import ROOT, run_stage
+from conftest import ROOT, load_stage, run_stage
 
 PICTURES = defaultdict(lambda: "0123456789abcdef")       # of any group
 GROUPS = {f"g{i}": [f"g{i}_{c}" for c in range(4)] for i in range(5)}
@@ -541,7 +541,7 @@ def ordered_pairs(groups) -> int:
 def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, shown=2):
     folder, quality = stage_folder(config), quality_of(config)
     before = {name: (folder / name).read_bytes() for name in
-              ("groups.jsonl", "manifest.json", "contact_sheet.png", "quality.json")}
+              ("groups.jsonl", "manifest.json", "contact_sheet.png")}
     early = run_stage("01", config, "labels=human")
     assert early.returncode == 2 and "annotate=true" in early.stderr and early.stderr.count("\n") == 1
     assert (folder / "groups.jsonl").read_bytes() == before["groups.jsonl"]
@@ -572,10 +572,6 @@ def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, 
     results = json.loads((folder / "manifest.json").read_text())["results"]
     assert results["label_source"] == "human" and results["labeled_groups"] == {"train": 4, "val": 2, "test": 3}
     assert results["method_prior"]["overall"] is not None and results["pairs"] == ordered_pairs(groups)
-    quality_now = json.loads((folder / "quality.json").read_text())
-    assert {axis: own["sources"] for axis, own in quality_now["labels"].items()} == dict.fromkeys(metrics.AXES, ["human"])
-    assert quality_now["labels"]["overall"]["votes"] == sum(group["labels"]["overall"]["votes"] for group in groups)
-    assert "<span>label_source</span><b>human</b>" in (folder.parent / "index.html").read_text()
     report = json.loads((folder / "annotation_report.json").read_text())
     assert report["annotators"]["ann"]["with_oneself"]["rate"] == 1 or shown == 4
     assert report["axes"]["consistency"]["between_annotators"]["rate"] == 1
@@ -586,7 +582,6 @@ def test_a_small_real_set_is_ranked_through_the_page_and_becomes_labels(config, 
     assert "is finished" in run_stage("01", config).stdout and (folder / "groups.jsonl").read_bytes() == human
     assert run_stage("01", config, "labels=proxy").returncode == 0
     assert {name: (folder / name).read_bytes() for name in before} == before, "and back, byte by byte"
-    assert "<span>label_source</span><b>proxy</b>" in (folder.parent / "index.html").read_text()
 
 
 def test_judgements_of_another_build_are_refused(config, tmp_path):
@@ -649,13 +644,8 @@ def test_02_and_03_work_where_people_have_judged_only_some_groups_and_axes(toy_r
                 del own["id"]
                 if number % 7 != 6:                                                         # some are not seen at all
                     judgements.append(log, own)
-    answers = {"model": "m", "questions": 4, "consistent": 1.0, "first_place": 0.5, "unlabeled": 0}
-    run.write_json(source / "quality.json", quality.check(groups, [], answers))     # as if a model had been asked
-    before = (source / "quality.json").read_bytes()
     for kind in ("human", "proxy", "human"):
-        human_labels.set_labels(source, kind, [])
-        assert ((source / "quality.json").read_bytes() == before) == (kind == "proxy")
-        assert (b"label_model" in (source / "quality.json").read_bytes()) == (kind == "proxy")
+        human_labels.set_labels(source, kind, [], load_stage("01").publish)
     kinds = {tuple(group["labels"]) for group in all_groups(source)}
     assert kinds == {(), ("consistency",), metrics.AXES}
     train, scale = load_cohorts(source, "train")

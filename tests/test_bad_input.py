@@ -19,7 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from common import checkpoints, images, mllm, photos, run, sr_latent
+from common import checkpoints, images, mllm, run, sr_latent
 from common.config import load_config
 from common.groups import group_images, load_groups
 from common.images import read_image, write_png
@@ -103,7 +103,7 @@ def test_pictures_of_odd_kinds_are_read(tmp_path, name):
 
 
 def reason(path: Path) -> str:
-    found = photos.survey(8, 1.0, {"path": str(path)})
+    found = load_stage("01").survey(8, {"id": str(path)})
     assert list(found) == ["reason"] and found["reason"] and "\n" not in found["reason"]
     return found["reason"]
 
@@ -143,7 +143,7 @@ def test_no_memory_for_a_picture_is_no_fault_of_the_picture(tmp_path, capsys, mo
         raise MemoryError
     (tmp_path / "a.png").write_bytes(WHOLE)
     monkeypatch.setattr(Image.Image, "load", fail)
-    one_line(capsys, outside(lambda: photos.survey(8, 1.0, {"path": str(tmp_path / "a.png")})), "out of memory")
+    one_line(capsys, outside(lambda: load_stage("01").survey(8, {"id": str(tmp_path / "a.png")})), "out of memory")
 
 
 # YAML ------------------------------------------------------------------------------------------------------

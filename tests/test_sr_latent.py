@@ -22,7 +22,7 @@ from common.sr_latent import LatentPolicy
 from common.sr_pipelines import LatentSampler
 from common.sr_training import trainable
 from conftest import ROOT, load_stage, run_stage
-from test_build_dataset import save_ldm, save_upscaler
+from test_sources import save_ldm, save_upscaler
 from test_sr_grpo import one_step
 
 KINDS = ("ldm", "upscaler")
