@@ -170,7 +170,8 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
     results = pool.map(function, left) if pool else map(function, left)
     try:
         with open(log, "a", encoding="utf-8") as file:
-            for job, result in tqdm(zip(left, results), total=len(left), desc=log.stem, mininterval=1, disable=not left):
+            bar = tqdm(left, desc=log.stem, mininterval=1, disable=not left)
+            for job, result in zip(bar, results):
                 record = {"id": job["id"], "stamps": stamps[job["id"]], "result": result}
                 file.write("\n" + json.dumps(record))       # the line feed comes first: it ends half a line
                 file.flush()
@@ -373,7 +374,8 @@ def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
     """What hf: models make of the LR images; every rank calls it and makes its share."""
     dist.barrier()                                          # all LR images are there
     names = [group["id"] for group in run.read_json(folder / "progress" / "plan.json")]
-    sources.run_models(cfg.sources, folder, names, seed=cfg.seed, prompt=cfg.hf_prompt, batch=cfg.hf_batch, device=device)
+    sources.run_models(cfg.sources, folder, names, seed=cfg.seed, prompt=cfg.hf_prompt, batch=cfg.hf_batch,
+                       device=device)
     dist.barrier()
 
 
@@ -469,13 +471,12 @@ def quality(groups: list[dict]) -> dict:
     """
     labeled = [group for group in groups if group["labels"]]
     train, test = ([group for group in labeled if group["split"] == split] for split in ("train", "test"))
-    labels, pairs, prior = label_arrays(labeled), {}, dict.fromkeys(AXES, math.nan)
-    for a, axis in enumerate(AXES):
-        if any(axis in group["labels"] for group in labeled):
-            pairs[axis] = int(metrics.pair_accuracy(labels.ranks[..., a], labels.ranks[..., a])[2].sum())
+    labels, prior = label_arrays(labeled), dict.fromkeys(AXES, math.nan)
+    pairs = [int(metrics.pair_accuracy(ranks, ranks)[2].sum()) for ranks in np.moveaxis(labels.ranks, 2, 0)]
     if train and test:
         guesses, ranks = method_prior(test, train, label_arrays(train)), label_arrays(test).ranks
-        prior = {axis: round(metrics.pair_accuracy(guesses[..., a], ranks[..., a])[0], 4) for a, axis in enumerate(AXES)}
+        for a, axis in enumerate(AXES):
+            prior[axis] = round(metrics.pair_accuracy(guesses[..., a], ranks[..., a])[0], 4)
     values = np.where(np.isnan(labels.scores).any((0, 1)), -labels.ranks, labels.scores)[..., :2].reshape(-1, 2)
     values = values[~np.isnan(values).any(1)]
     correlation = np.corrcoef(values.T)[0, 1] if len(values) > 1 and values.std(0).all() else math.nan
@@ -490,9 +491,8 @@ def quality(groups: list[dict]) -> dict:
               "pairs rightly; mix strengths, settings or seeds in a method")
     kinds = sorted({label["source"] for group in labeled for label in group["labels"].values()})
     results = {"groups": len(groups), "candidates": sum(len(group["candidates"]) for group in groups),
-               "pairs": pairs.get("overall", max(pairs.values(), default=0)), "label_source": ", ".join(kinds) or "none"}
-    prior = {"method_prior": prior, "axis_correlation": round(float(correlation), 4)} if labeled else {}
-    return results | prior
+               "pairs": pairs[AXES.index("overall")] or max(pairs), "label_source": ", ".join(kinds) or "none"}
+    return results | ({"method_prior": prior, "axis_correlation": round(float(correlation), 4)} if labeled else {})
 
 
 def publish(folder: Path, groups: list[dict]) -> dict:
@@ -543,7 +543,8 @@ def main(cfg: Config) -> None:
 
         # 4. candidates and labels: one job per group; first a few, to look at while the rest is made
         outputs = sources.output_files(cfg.sources, folder, [group["id"] for group in plan], cfg.scale)
-        jobs = [group | drawn[group["id"]] | {"outputs": paths, "files": list(filter(None, paths)), "folder": str(folder)}
+        jobs = [group | drawn[group["id"]] | {"folder": str(folder), "outputs": paths,
+                                              "files": [path for path in paths if path]}
                 for group, paths in zip(plan, outputs)]
         build = partial(run_jobs, pool, partial(build_group, cfg), log=progress / "groups.jsonl")
         contact_sheet(folder, list(build(evenly_spaced(jobs)).values()))

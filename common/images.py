@@ -185,5 +185,6 @@ def sheet(rows: list[list[np.ndarray]], titles: list[str], cell: int = 192,
             tile = Image.fromarray(row[x]).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(tile, (GAP + x * (cell + GAP), HEADER + y * height))
             if below is not None:
-                draw.text((GAP + x * (cell + GAP), HEADER + y * height + cell), below[y][x], fill="black", font=font, spacing=0)
+                at = GAP + x * (cell + GAP), HEADER + y * height + cell
+                draw.text(at, below[y][x], fill="black", font=font, spacing=0)
     return np.asarray(canvas)

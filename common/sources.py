@@ -1,5 +1,5 @@
 """
-Images that other programs and published models make, as candidates of stage 01 (a door: behind its setting `candidates`).
+Images that other programs and published models make, as candidates of stage 01.
 
     folder:NAME=PATH                                    outputs of any SR program, matched by the name of the LR image
     hf:NAME=MODEL?seeds=2&steps=10+20&guidance=1+4      MODEL: a hub id or folder; what follows it is optional
@@ -180,6 +180,6 @@ def read_output(path: str, side: int) -> np.ndarray:
     except ValueError as error:
         fail(f"candidates: {path} cannot be read ({error}): make it again")
     if image.shape[:2] != (side, side):
-        fail(f"candidates: {path} is {image.shape[1]}x{image.shape[0]}, expected {side}x{side}: make it from the LR image "
-             "of that name")
+        fail(f"candidates: {path} is {image.shape[1]}x{image.shape[0]}, expected {side}x{side}: make it from the LR "
+             "image of that name")
     return image

@@ -110,8 +110,9 @@ def test_an_image_does_not_depend_on_its_batch(saved, tmp_path, model, query):
 
 def test_seeds_steps_and_guidance_make_other_images(saved, tmp_path):
     first = made(saved, tmp_path / "1", "up/model", names=["a"], query="?steps=1")["a"]
-    for number, query in enumerate(("?seeds=2&steps=1", "?steps=3", "?steps=1&guidance=4")):
-        other = made(saved, tmp_path / f"o{number}", "up/model", ["a"], query, prompt="a b c" if "guid" in query else "")
+    others = [("?seeds=2&steps=1", ""), ("?steps=3", ""), ("?steps=1&guidance=4", "a b c")]
+    for number, (query, prompt) in enumerate(others):
+        other = made(saved, tmp_path / f"o{number}", "up/model", ["a"], query, prompt)
         assert not np.array_equal(first, other["a"]), query
     same = made(saved, tmp_path / "same", "up/model", names=["a"], query="?seeds=1&steps=1&guidance=1")
     assert np.array_equal(first, same["a"])
