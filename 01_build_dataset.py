@@ -135,58 +135,6 @@ class Config:
         return self.hr_size if self.hr_dir else self.hr_size // self.scale
 
 
-# many small jobs over the CPU cores ------------------------------------------------------------------------
-
-def start_pool(workers: int) -> ProcessPoolExecutor | None:
-    """Worker processes (0: one per usable core), or None when one is asked for: then this process does the work."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()   # not on macOS
-    workers = workers or usable
-    spawn = multiprocessing.get_context("spawn")            # a fork of a process with threads may hang
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) if workers > 1 else None
-
-
-def end_with_parent() -> None:
-    """In a worker: leave as soon as the main process is gone, also by SIGKILL, instead of waiting for jobs for ever."""
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict], jobs: list[dict],
-             log: Path) -> dict[str, dict]:
-    """
-    {job["id"]: function(job)}. Results are JSON and are appended to `log`, so that a killed run does only the rest; a
-    job is done again when one of the files in job["files"] has changed. The function may stop the run with `fail`.
-    """
-    stamps = {job["id"]: [stamp(path) for path in job.get("files", [])] for job in jobs}
-    done = {}
-    for line in log.read_bytes().splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError):               # half a line of a killed run: that job is done again
-            record = json.loads(line)
-            if record["stamps"] == stamps.get(record["id"]):
-                done[record["id"]] = record["result"]
-    left = [job for job in jobs if job["id"] not in done]
-    results = pool.map(function, left) if pool else map(function, left)
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            bar = tqdm(left, desc=log.stem, mininterval=1, disable=not left)
-            for job, result in zip(bar, results):
-                record = {"id": job["id"], "stamps": stamps[job["id"]], "result": result}
-                file.write("\n" + json.dumps(record))       # the line feed comes first: it ends half a line
-                file.flush()
-                done[job["id"]] = result
-    except BrokenProcessPool:
-        fail("a worker process died, perhaps for want of memory: run again with workers=1")
-    return done
-
-
-def stamp(path: str) -> list:
-    """[path, bytes, ns of the last change]: another one once the file was written again."""
-    facts = os.stat(path) if os.path.exists(path) else None             # it may be a broken link
-    return [path, facts and facts.st_size, facts and facts.st_mtime_ns]
-
-
 # photographs and their splits --------------------------------------------------------------------------------
 
 def usable_photographs(cfg: Config, folder: Path, pool: ProcessPoolExecutor | None) -> list[dict]:
@@ -370,6 +318,8 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
     return np.ascontiguousarray(best[1]), best[2]
 
 
+# candidates and labels -----------------------------------------------------------------------------------
+
 def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
     """What hf: models make of the LR images; every rank calls it and makes its share."""
     dist.barrier()                                          # all LR images are there
@@ -378,8 +328,6 @@ def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
                        device=device)
     dist.barrier()
 
-
-# candidates and labels -----------------------------------------------------------------------------------
 
 def build_group(cfg: Config, job: dict) -> dict:
     """Candidates, their proxy scores and the finished line of groups.jsonl for one LR image."""
@@ -500,6 +448,58 @@ def publish(folder: Path, groups: list[dict]) -> dict:
     run.write_lines(folder / "groups.jsonl", groups)
     contact_sheet(folder, evenly_spaced(groups))
     return quality(groups)
+
+
+# many small jobs over the CPU cores ------------------------------------------------------------------------
+
+def start_pool(workers: int) -> ProcessPoolExecutor | None:
+    """Worker processes (0: one per usable core), or None when one is asked for: then this process does the work."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()   # not on macOS
+    workers = workers or usable
+    spawn = multiprocessing.get_context("spawn")            # a fork of a process with threads may hang
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) if workers > 1 else None
+
+
+def end_with_parent() -> None:
+    """In a worker: leave as soon as the main process is gone, also by SIGKILL, instead of waiting for jobs for ever."""
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict], jobs: list[dict],
+             log: Path) -> dict[str, dict]:
+    """
+    {job["id"]: function(job)}. Results are JSON and are appended to `log`, so that a killed run does only the rest; a
+    job is done again when one of the files in job["files"] has changed. The function may stop the run with `fail`.
+    """
+    stamps = {job["id"]: [stamp(path) for path in job.get("files", [])] for job in jobs}
+    done = {}
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):               # half a line of a killed run: that job is done again
+            record = json.loads(line)
+            if record["stamps"] == stamps.get(record["id"]):
+                done[record["id"]] = record["result"]
+    left = [job for job in jobs if job["id"] not in done]
+    results = pool.map(function, left) if pool else map(function, left)
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            bar = tqdm(left, desc=log.stem, mininterval=1, disable=not left)
+            for job, result in zip(bar, results):
+                record = {"id": job["id"], "stamps": stamps[job["id"]], "result": result}
+                file.write("\n" + json.dumps(record))       # the line feed comes first: it ends half a line
+                file.flush()
+                done[job["id"]] = result
+    except BrokenProcessPool:
+        fail("a worker process died, perhaps for want of memory: run again with workers=1")
+    return done
+
+
+def stamp(path: str) -> list:
+    """[path, bytes, ns of the last change]: another one once the file was written again."""
+    facts = os.stat(path) if os.path.exists(path) else None             # it may be a broken link
+    return [path, facts and facts.st_size, facts and facts.st_mtime_ns]
 
 
 @run.explained()

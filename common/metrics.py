@@ -1,10 +1,8 @@
 """
-groups.jsonl of stage 01, read with distrust: types, numbers, ids, and files that lie inside the folder.
+Numbers that compare images and rankings.
 
-Numbers that compare images and rankings. Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border
-is cropped; PSNR and SSIM are over RGB. The proxy scores stand in for human labels and need the ground truth.
-
-LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
+Images are [H, W, 3] RGB, uint8 (0..255) or float (0..1); no border is cropped; PSNR and SSIM are over RGB. The proxy
+scores stand in for human labels and need the ground truth. Ranks: 1 is best.
 """
 import math
 
@@ -98,9 +96,9 @@ def proxy_consistency(candidate: np.ndarray, hr: np.ndarray, lr: np.ndarray) -> 
     to the HR image at LR size (area-averaged), smoothed by 1 px: an error that the LR image has *there* is forgiven.
     """
     truth = down(hr, len(hr) // len(lr))
-    own, unavoidable = (gaussian_filter(((to_float(image) - truth) ** 2).mean(axis=2), 1, mode="reflect")
-                        for image in (down(candidate, len(hr) // len(lr)), lr))
-    return 1 / (1 + math.sqrt(np.maximum(0, own - unavoidable).mean()) / CONSISTENCY_SCALE)
+    error, unavoidable = (gaussian_filter(((to_float(image) - truth) ** 2).mean(axis=2), 1, mode="reflect")
+                          for image in (down(candidate, len(hr) // len(lr)), lr))
+    return 1 / (1 + math.sqrt(np.maximum(0, error - unavoidable).mean()) / CONSISTENCY_SCALE)
 
 
 def detail_energies(image: np.ndarray) -> np.ndarray:
