@@ -1,130 +1,17 @@
 """
-Reading any picture, refusing broken ones with a reason, and the groups of stage 01.
+The groups of stage 01 on disk, and one line for what is wrong with them.
 
 Run     python -m pytest tests/test_data.py        # 5 s
 """
-import io
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from common.groups import group_images, load_groups
-from common.images import read_image, write_png
+from common.images import write_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-RGB = Image.fromarray(PIXELS)
-
-
-def saved(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, **options)
-    return buffer.getvalue()
-
-
-def rotated():
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                          # turn by 90 degrees to view
-    return saved(RGB, format="PNG", exif=exif)
-
-
-def chunk(name, body):
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(width, height, body=b""):
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
-
-
-def palette():
-    image = RGB.quantize(8)
-    return saved(image, format="PNG"), np.array(image.convert("RGB"))
-
-
-GRAY = PIXELS[..., 0]
-CLEAR = np.dstack([PIXELS, np.where(np.arange(30) < 15, 0, 255)[None].repeat(20, 0)]).astype(np.uint8)
-OVER_WHITE = np.where(CLEAR[..., 3:] == 0, 255, PIXELS).astype(np.uint8)
-FRAMES = [Image.fromarray(np.full((9, 9, 3), value, np.uint8)) for value in (200, 10)]
-GOOD = {
-    "rgb.png": (saved(RGB, format="PNG"), PIXELS),
-    "gray.png": (saved(Image.fromarray(GRAY), format="PNG"), np.repeat(GRAY[..., None], 3, 2)),
-    "sixteen.png": (saved(Image.fromarray(GRAY.astype(np.uint16) * 257), format="PNG"),
-                    np.repeat(GRAY[..., None], 3, 2)),
-    "sixteen.tif": (saved(Image.fromarray(GRAY.astype(np.uint16) * 257), format="TIFF"),
-                    np.repeat(GRAY[..., None], 3, 2)),
-    "alpha.png": (saved(Image.fromarray(CLEAR), format="PNG"), OVER_WHITE),
-    "palette.png": palette(),
-    "one_bit.png": (saved(Image.fromarray(GRAY > 99), format="PNG"),
-                    np.repeat((GRAY > 99)[..., None], 3, 2).astype(np.uint8) * 255),
-    "cmyk.tif": (saved(RGB.convert("CMYK"), format="TIFF"), np.array(RGB.convert("CMYK").convert("RGB"))),
-    "rotated.png": (rotated(), np.rot90(PIXELS, -1)),
-    "animated.gif": (saved(FRAMES[0], format="GIF", save_all=True, append_images=FRAMES[1:]),
-                     np.full((9, 9, 3), 200, np.uint8)),
-    "dot.png": (saved(Image.fromarray(PIXELS[:1, :1]), format="PNG"), PIXELS[:1, :1]),
-    "png_inside.jpg": (saved(RGB, format="PNG"), PIXELS),
-}
-BAD = {
-    "truncated.png": (GOOD["rgb.png"][0][:700], "."),
-    "truncated.jpg": (saved(RGB, format="JPEG")[:400], "(?i)truncated"),
-    "zero_bytes.png": (b"", "cannot identify"),
-    "text.png": (b"<html>not found</html>", "cannot identify"),
-    "bomb.png": (png(12000, 12000), "12000x12000 is over 100 megapixels"),
-    "huge_bomb.png": (png(60000, 60000), "decompression bomb"),
-    "short.png": (png(64, 64, b"\0" * 100), "."),
-    "float.tif": (saved(Image.fromarray(GRAY.astype(np.float32)), format="TIFF"), "no known range"),
-    "negative.tif": (saved(Image.fromarray(GRAY.astype(np.int32) - 300), format="TIFF"), "outside 0..65535"),
-}
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_reads(tmp_path, name):
-    content, pixels = GOOD[name]
-    (tmp_path / name).write_bytes(content)
-    image = read_image(tmp_path / name)
-    assert image.dtype == np.uint8 and image.shape == pixels.shape and np.array_equal(image, pixels)
-    image[:] = 0                                                             # the caller may write to it
-
-
-def test_reads_16_bit_color_and_palette_with_transparency(tmp_path):
-    image = RGB.quantize(8)
-    image.info["transparency"] = 0
-    image.save(tmp_path / "clear.png")
-    white = np.array(image) == 0
-    assert white.any() and (read_image(tmp_path / "clear.png")[white] == 255).all()
-    body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in PIXELS.astype(np.uint16) * 257)
-    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
-    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                                        + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
-    assert np.array_equal(read_image(tmp_path / "deep.png"), PIXELS)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_refuses_with_one_line(tmp_path, name):
-    content, words = BAD[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=words) as error:
-        read_image(tmp_path / name)
-    assert str(error.value) and "\n" not in str(error.value)
-
-
-def test_refuses_what_is_no_file(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.png"):
-        with pytest.raises(ValueError):
-            read_image(path)
-
-
-def test_png_is_whole_and_repeatable(tmp_path):
-    write_png(tmp_path / "a.png", PIXELS)
-    write_png(tmp_path / "b.png", PIXELS)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
-    with pytest.raises(AssertionError):
-        write_png(tmp_path / "c.png", PIXELS / 255)
 
 
 @pytest.fixture
@@ -148,25 +35,55 @@ def test_groups(stage01):
     assert group_images(stage01, load_groups(stage01, "test")[0])[2] is None
 
 
-@pytest.mark.parametrize("old, new, words", [
-    ('"id": "train_00000"', '"id" "train_00000"', "line 1 is not JSON"),
-    ('"source": "x", ', "", "line 1: key 'source' is missing"),
-    ('"split": "train"', '"split": "trian"', "'trian' is not one of train, val, test"),
-    ('"ranks": [1, 2]', '"ranks": [1]', "labels of 'overall' do not fit the 2 candidates"),
-    ('"overall"', '"beauty"', "labels of 'beauty'"),
-    ('"method": "m"', '"name": "m"', "key 'method' is missing in a candidate"),
-    ('"lr.png"', '"gone.png"', "gone.png is missing"),
-    ('"split": "train"', '"split": "val"', "no group in the split 'train'"),
-])
-def test_damaged_groups_get_one_line(stage01, capsys, old, new, words):
+def edited(change):
+    """A function of the first line: change(group) in place, all else kept."""
+    def edit(lines: list[str]) -> list[str]:
+        group = json.loads(lines[0])
+        change(group)
+        return [json.dumps(group), *lines[1:]]
+    return edit
+
+
+BAD_GROUPS = {  # name -> (lines -> lines, words of the line)
+    "cut": (lambda lines: [lines[0], lines[1][:50]], ["line 2", "not JSON"]),
+    "NaN": (edited(lambda g: g["labels"]["overall"].update(scores=[float("nan"), 1])), ["line 1", "NaN is no number"]),
+    "a huge number": (lambda lines: [lines[0].replace("0.9", "1e999"), lines[1]], ["scores should be numbers"]),
+    "not UTF-8": (lambda lines: [lines[0].replace('"x"', '"\udcff"'), lines[1]], ["line 1", "not JSON"]),
+    "deep": (lambda lines: ["[" * 100_000, *lines], ["line 1", "not JSON"]),
+    "a list": (lambda lines: ["[]", *lines], ["line 1", "JSON object"]),
+    "an id twice": (lambda lines: [*lines, lines[0]], ["line 3", "'train_00000' is given twice"]),
+    "no id": (edited(lambda g: g.pop("id")), ["'id' is missing"]),
+    "a number as path": (edited(lambda g: g.update(lr=3)), ["'lr' should be str, not 3"]),
+    "text as a candidate": (edited(lambda g: g.update(candidates=["c0", "c1"])), ["candidate is not a JSON object"]),
+    "no candidates": (edited(lambda g: g.update(candidates=[])), ["no candidates"]),
+    "a number as label": (edited(lambda g: g.update(labels={"overall": 3})), ["labels of 'overall'"]),
+    "text as ranks": (edited(lambda g: g["labels"]["overall"].update(ranks=["1", "2"])), ["ranks should be numbers"]),
+    "too few ranks": (edited(lambda g: g["labels"]["overall"].update(ranks=[1])), ["do not fit the 2 candidates"]),
+    "a missing file": (edited(lambda g: g.update(lr="gone.png")), ["gone.png is missing"]),
+    "a path out of the folder": (edited(lambda g: g.update(lr="../lr.png")), ["'../lr.png' leads out of"]),
+    "an absolute path": (edited(lambda g: g["candidates"][0].update(path="/etc/passwd")), ["'/etc/passwd' leads out"]),
+    "a file that is no picture": (edited(lambda g: g.update(lr="groups.jsonl")), ["cannot identify image"]),
+    "a wrong hash": (edited(lambda g: g.update(sha256={"lr.png": "0" * 64})), ["lr.png", "checksum"]),
+    "hashes in a list": (edited(lambda g: g.update(sha256=["0"])), ["sha256 should be an object"]),
+    "no such split": (edited(lambda g: g.update(split="trian")), ["'trian' is not one of train, val, test"]),
+    "no such axis": (edited(lambda g: g.update(labels={"beauty": {}})), ["labels of 'beauty'"]),
+    "a candidate without method": (edited(lambda g: g["candidates"][0].pop("method")), ["'method' is missing"]),
+    "of another split": (lambda lines: lines[1:], ["no group in the split 'train'"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GROUPS)
+def test_damaged_groups_are_refused_with_one_line(stage01, capsys, name):
+    edit, words = BAD_GROUPS[name]
     path = stage01 / "groups.jsonl"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+    lines = edit(path.read_text().splitlines())
+    path.write_bytes("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
     with pytest.raises(SystemExit) as stop:
-        load_groups(stage01, "train")
+        for group in load_groups(stage01, "train"):
+            group_images(stage01, group)
     lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert stop.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in (str(stage01), "build", *words)), lines[0]
 
 
 def test_missing_groups_and_damaged_images_get_one_line(stage01, capsys):

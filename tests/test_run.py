@@ -1,14 +1,17 @@
 """
-What a stage leaves on disk: gates, seeds, metrics, checkpoints.
+What a stage leaves on disk: gates, metrics, seeds; and what ends it from outside.
 
 Run     python -m pytest tests/test_run.py          # 5 s
 """
 
 import dataclasses
+import errno
 import inspect
 import json
 import math
+import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,9 +23,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import run
+from common import run, training
 from common.config import STAGES, config_text, load_config
-from conftest import ROOT, load_stage
+from common.images import write_png
+from conftest import ROOT, load_stage, tree
 
 SCRIPT = "/anywhere/02_train_reward.py"
 
@@ -93,7 +97,9 @@ def test_a_finished_stage_says_so_and_names_the_next_command(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_stops(tmp_path, capsys):
     path = tmp_path / "file"
     path.write_text("")
-    assert str(path) in stopped(capsys, run.open_stage, Config(run=str(path)), SCRIPT)
+    for place in (str(path), "/proc/self/run"):                         # nobody may write there, root neither
+        message = stopped(capsys, run.open_stage, Config(run=place), SCRIPT)
+        assert place in message and "choose another run=" in message
 
 
 def test_a_missing_stage_names_its_command(tmp_path, capsys):
@@ -238,21 +244,42 @@ def test_two_processes_cannot_work_in_one_folder(tmp_path, capsys):
     assert subprocess.run([*other[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True).stdout == "locked\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux: a device that is always full")
-def test_a_full_disk_is_one_line_that_says_what_to_do(capsys):
-    with pytest.raises(SystemExit) as stopped, run.explained(), open("/dev/full", "w") as file:
-        file.write("x")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    assert said.startswith("error:") and "No space left" in said and "the same command" in said
+# what ends a run from outside ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("write", [
+    lambda folder: run.write_bytes(folder / "b.bin", bytes(2_000_000)),
+    lambda folder: training.save_checkpoint(folder, 2, weights={"w": torch.zeros(500_000)}, optimizers={}, state={}),
+    lambda folder: write_png(folder / "a.png", np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)),
+    lambda folder: torch.save(torch.zeros(500_000), folder / "w.pt"),
+], ids=["file", "checkpoint", "picture", "torch"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, write):
+    """A file may not grow above 1 MB, which fails as a full disk does, but for the number of the error."""
+    training.save_checkpoint(tmp_path, 1, weights={"w": torch.ones(3)}, optimizers={}, state={})
+    before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        assert "make room or change run=; the same command goes on" in stopped(capsys, run.explained()(write), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert tree(tmp_path).items() >= before.items()
+    assert training.resume(tmp_path, {}, {})[0] == 1
 
 
-def test_no_memory_is_one_line_that_names_the_way_out_and_other_errors_pass(capsys):
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES"])
+def test_a_disk_that_takes_nothing(tmp_path, capsys, monkeypatch, code):
+    def refuse(_):
+        raise OSError(vars(errno)[code], os.strerror(vars(errno)[code]))
+    run.write_json(tmp_path / "a.json", {"old": 1})
+    monkeypatch.setattr(run.os, "fsync", refuse)
+    write = run.explained()(run.write_json)
+    assert "make room or change run=" in stopped(capsys, write, tmp_path / "a.json", {"new": 2})
+    assert run.read_json(tmp_path / "a.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     for allocate in (lambda: np.zeros(2**56), lambda: torch.empty(2**48)):
-        with pytest.raises(SystemExit), run.explained():
-            allocate()
-        line = capsys.readouterr().err
-        assert line.count("\n") == 1 and "lower what --help marks as `memory`; the same command goes on" in line
+        line = stopped(capsys, run.explained()(allocate))
+        assert "out of memory" in line and "lower what --help marks as `memory`; the same command goes on" in line
     with pytest.raises(FileNotFoundError), run.explained():
         open("/no/such/file")
     with pytest.raises(RuntimeError), run.explained():
@@ -269,7 +296,8 @@ def test_settings_of_memory_may_change_when_a_stage_goes_on(number, tmp_path, ca
     start += ["hr_dir=/nowhere"] if number == "01" else []
     for settings, refused in (([], False), ([f"{name}=1" for name in memory], False), (["seed=7"], True)):
         (tmp_path / "c.yaml").write_text(f"run: {tmp_path}\n")
-        (folder / "config.yaml").write_text(config_text(load_config(module.Config, module.__file__, start), folder.name))
+        before = load_config(module.Config, module.__file__, start)
+        (folder / "config.yaml").write_text(config_text(before, folder.name))
         with pytest.raises(SystemExit):                     # there is no earlier stage, or no photograph
             module.main(load_config(module.Config, module.__file__, [*start, *settings]))
         assert ("has other settings" in capsys.readouterr().err) == refused, settings
@@ -280,7 +308,7 @@ def test_settings_of_memory_may_change_when_a_stage_goes_on(number, tmp_path, ca
 def test_sigterm_is_one_line_and_a_status(tmp_path):
     code = """
 import pathlib, sys, time
-from common import run
+from common import run, training
 with run.explained():
     pathlib.Path(sys.argv[1]).touch()
     time.sleep(60)
