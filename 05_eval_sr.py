@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import degrade, dist, metrics, mllm, report, restoring, run, sr_latent, sr_policy, sr_reward
+from common import degrade, dist, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy
 from common.config import fail, load_config, read_yaml
 from common.groups import image_batch, judged_on, load_groups, require_one_size
 from common.images import find, listed, read_image, sheet, to_pixels, write_png
@@ -176,8 +176,8 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, gro
         for name, *first in zip(names, *parts):
             for variant, image in zip(VARIANTS, first):
                 write_png(pictures / f"{name}_{variant}.png", image[0])
-        rewards = sr_reward.expected_scores(judge, low, images, crop=rewarded["crop"],
-                                            limit=rewarded["crops_per_image"]) @ weights
+        rewards = mllm.scores_in_crops(judge, low, images, crop=rewarded["crop"],
+                                       limit=rewarded["crops_per_image"]) @ weights
         others = [[measure(image, *pair, models, judge.device) for image in group]
                   for *pair, group in zip(low, truth, images)]
         table = torch.cat([rewards[..., None].double(), torch.tensor(others, dtype=torch.float64)], 2)
@@ -335,7 +335,7 @@ def restore_folder(cfg: Config) -> None:
     if dist.is_main():
         run.lock(folder)                                                # open_stage locks unfinished folders only
         (folder / "manifest.json").unlink(missing_ok=True)              # there may be new pictures to restore
-    policies = {name: sr_latent.load_policy(folders[name], device) for name in cfg.variants}
+    policies = {name: sr_pipelines.load_policy(folders[name], device) for name in cfg.variants}
     (judge, side), policies_sha256 = load_folder_judge(cfg, device), restoring.checksum(list(folders.values()))
     dist.print0(f"{len(pictures)} pictures, restored by: {', '.join(cfg.variants)}; "
                 + ("scored by the judge" if judge else "no scores: judge_crops=0, or stage 01 or 02 is missing"))
@@ -379,7 +379,7 @@ def main(cfg: Config) -> None:
     sources, made_with = sorted({group["source"] for group in groups}), settings_of(source)
     dist.print0(f"{len(groups)} test images of {len(sources)} photographs, {cfg.seeds_per_image} seeds each")
     judge, models = mllm.load_judge(judged_by, device), load_pyiqa(cfg.pyiqa_metrics, device)
-    policies = {name: sr_latent.load_policy(path, device) for name, path in folders.items()}
+    policies = {name: sr_pipelines.load_policy(path, device) for name, path in folders.items()}
     large = larger_crops(cfg, policies, sources, hr_dir=made_with["hr_dir"], degradation=made_with["degradation"],
                          scale=made_with["scale"]) if dist.is_main() else {}
 

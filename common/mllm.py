@@ -33,7 +33,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from common import run, token_tree
 from common.candidates import INCONSISTENT, UNNATURAL
 from common.config import fail
-from common.images import resize
+from common.images import cut, grid, resize
 from common.metrics import AXES
 from common.token_tree import Rows, Segment, collate, image_segment, last_tokens, text_segment
 
@@ -227,6 +227,24 @@ def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[n
         probabilities = logits[:, judge.digit_ids].softmax(-1)                             # [candidates * 3, 9]
         scores += (probabilities @ digits).view(-1, len(AXES)).cpu().split(sizes[part])
     return pad_sequence(scores, batch_first=True, padding_value=torch.nan)
+
+
+def scores_in_crops(judge: Judge, lrs: np.ndarray, samples: np.ndarray, *, crop: int, limit: int,
+                    images_per_forward: int = 128) -> Tensor:
+    """
+    Mean over crops of expected_scores, [g, K, 3], of uint8 samples [g, K, H, W, 3] of LR images [g, h, w, 3].
+
+    crop: px of SR, at most `limit` crops, at the same places in LR and all samples; 0: whole images.
+    images_per_forward: about, memory only.
+    """
+    scale, (height, width) = samples.shape[-2] // lrs.shape[-2], lrs.shape[1:3]
+    side = max(1, crop // scale) if crop else max(height, width)
+    corners = grid(height, width, side, limit)
+    scores = expected_scores(
+        judge, [cut(lr, corner, side, 1) for lr in lrs for corner in corners],
+        [[cut(image, corner, side, scale) for image in group] for group in samples for corner in corners],
+        groups_per_forward=min(16, max(1, images_per_forward // samples.shape[1])))
+    return scores.unflatten(0, (len(lrs), len(corners))).mean(1)
 
 
 def adapter_off(judge: Judge) -> AbstractContextManager:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import report, run, sr_policy, sr_reward
+from common import mllm, report, run, sr_policy
 from common.config import fail
 from common.images import MAX_PIXELS, cut, find, grid, read_image, resize, to_pixels, write_png
 from common.metrics import AXES
@@ -122,7 +122,7 @@ def restore(policy: Policy, lr: np.ndarray, key: tuple, *, tile: int, overlap: i
     padded = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div(255).to(policy.times.device)
     tiles = cut_into_tiles(*padded.shape[-2:], tile=tile, overlap=overlap, multiple=policy.multiple)
     several = len(tiles.corners) > 1
-    if several and getattr(policy.sampler, "policy", None) == "sd3":    # it encodes LR at the size of SR: too large
+    if several and policy.kind == "sd3":    # it encodes LR at the size of SR: too large
         seen = blend(lambda at: policy.observe(take(padded, tiles, at), [(*key, *corner) for corner in at]),
                      tiles, batch)
     else:
@@ -232,7 +232,7 @@ def restore_picture(folder: Path, picture: Picture, policies: dict[str, Policy],
         images, outputs = {BICUBIC: to_pixels(smooth)[0]}, {}
         for name, policy in policies.items():
             image = restore(policy, lr, (seed, "folder", picture.file), tile=tile, overlap=overlap, batch=batch)
-            automatic = "none" if isinstance(policy, Policy) else "wavelet"
+            automatic = "none" if policy.kind == "pixel" else "wavelet"
             image = fix_color(image, smooth, automatic if color_fix == "auto" else color_fix)
             images[name], path = to_pixels(image)[0], folder / name / picture.output
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +240,8 @@ def restore_picture(folder: Path, picture: Picture, policies: dict[str, Policy],
             outputs[f"{name}/{picture.output}"] = run.sha256(path)
         record |= {"outputs": outputs, "size": [lr.shape[1], lr.shape[0]], "scores": {}}
         if judge and min(lr.shape[:2]) >= SMALLEST:
-            scores = sr_reward.expected_scores(judge, lr[None], np.stack(list(images.values()))[None], crop=judge_side,
-                                               limit=judge_crops)[0]                        # [variants, 3]
+            scores = mllm.scores_in_crops(judge, lr[None], np.stack(list(images.values()))[None], crop=judge_side,
+                                          limit=judge_crops)[0]                             # [variants, 3]
             record["scores"] = {name: dict(zip(AXES, row.double().numpy().round(4).tolist()))
                                 for name, row in zip(images, scores)}
     path = record_path(folder, picture)

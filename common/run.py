@@ -171,7 +171,7 @@ def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Pa
         "results": results,
         "argv": sys.argv,
         "git": git_state(Path(script).resolve().parent),
-        "inputs": {path.name: sha256(path / "manifest.json") for path in inputs},
+        "inputs": {path.name: sha256(path / "manifest.json") for path in inputs if (path / "manifest.json").exists()},
         "weights": {path.relative_to(folder).as_posix(): sha256(path) for path in models
                     if "checkpoints" not in path.parts},        # so that a damaged file is noticed, see require
         "seconds": round(time.time() - started, 1),             # of this process, since the last resume

@@ -35,13 +35,11 @@ import torch
 
 from conftest import ROOT, load_stage, make_images
 import plain_rows
-from common import dist, grpo, mllm, sr_grpo, sr_policy, sr_reward, token_tree
+from common import dist, grpo, mllm, sr_policy, token_tree
 from common.groups import Cohort
 from common.images import resize
 from common.replies import Images, answer_logp, encode, look_at
 from common.small_mllm import build_small
-from common.sr_cold_start import fit_sampler
-from common.sr_policy import Policy
 from common.reward_training import optimizers
 
 LRS, CANDIDATES, SIZE, TOKENS = 2, 4, 256, 32
@@ -304,30 +302,20 @@ def scoring(judge, cohorts: list[Cohort], rounds: int) -> dict[str, list[float]]
 
 def sr_training(rounds: int) -> dict[str, list[float]]:
     """Seconds of stage 04's step, 20 denoising steps as in configs/full.yaml: window of 3 trained, and all 19."""
-    from diffusers import UNet2DModel
-
-    pass
-    pass
-    pass
     stage, found = load_stage("04"), {"window": [], "full trajectory": []}
     groups = [make_images(i, 64, 64, count=1) for i in range(2)]
     lr, hr = (torch.tensor(np.stack(own)).permute(0, 3, 1, 2) / 255 for own in zip(*groups))
     judge = build_small(load_stage("02").Config(run=""), [list(group) for group in groups], torch.device("cpu"))
-    sampler = fit_sampler(hr, lr, scale=4, steps=20, contrast_power=0.7)
-    latent = len(sampler.basis)
-    policy = Policy(UNet2DModel(
-        sample_size=(16, 16), in_channels=latent + sr_policy.CONDITION_CHANNELS, out_channels=latent,
-        block_out_channels=[32, 64], layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8), sampler).eval()
-    reference = Policy(policy.unet.__class__.from_config(policy.unet.config), sampler).eval()
+    policy, reference = (sr_policy.new_policy(hr, lr, steps=20, channels=[32, 64], layers=1, seed=0).eval()
+                         for _ in range(2))
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=1e-6)
 
     def step(width: int) -> None:
         cfg = stage.Config(run="", denoise_steps=20, window_width=width, inputs_per_step=2, samples_per_input=8)
         rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)
         judged, fidelity = stage.score(judge, cfg, lr, torch.cat([rollout.images for rollout in rollouts]))
-        advantages = sr_reward.advantages_of(cfg, judged, fidelity)[0]
-        sr_grpo.update(policy, reference, cfg, rollouts=rollouts, advantages=advantages.flatten(), optimizer=optimizer)
+        advantages, _ = stage.advantages_of(cfg, judged, fidelity)
+        stage.learn(policy, reference, cfg, rollouts=rollouts, advantages=advantages.flatten(), optimizer=optimizer)
 
     for _ in range(rounds + 1):
         for name, width in (("window", 3), ("full trajectory", 19)):

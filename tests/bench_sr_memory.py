@@ -1,12 +1,12 @@
 """
-Peak memory of one update of stage 04 on a CPU, for its memory settings, beside what plan=true estimates.
+Peak memory of one update of stage 04 on a CPU, for its memory settings.
 
 Run     python tests/bench_sr_memory.py                 # some minutes; Linux
 Writes  runs/bench/sr_memory.json
 
 A UNet of 2.1 million weights from nothing, LR 32 x 32 px, 16 samples, 2 random steps of 5. Each row is a process of its
 own: `peak` is how far its resident memory rose above where it was before the update (after one update, so that the
-optimizer's moments are there), `plan` the estimate of gradients and activations, which that rise consists of.
+optimizer's moments are there).
 """
 import ctypes
 import json
@@ -23,13 +23,13 @@ import torch
 
 from conftest import ROOT, load_stage
 
-from common import grpo, run, sr_cold_start, sr_plan, sr_training
+from common import grpo, run, sr_policy
 from common.groups import image_batch
 from common.images import write_png
+from common.training import trainable
 
 ROWS = [{"lora_rank": rank, "samples_per_gpu": size, "gradient_checkpointing": checkpointing}
         for rank in (16, 0) for size in (16, 4) for checkpointing in (False, True)]
-MB = 2 ** 20
 
 
 def resident(which: str) -> float:
@@ -47,28 +47,25 @@ def measure(changes: dict) -> dict:
         rng, groups = np.random.default_rng(0), [{"scale": 4, "hr": "hr.png", "lr": "lr.png"}] * 2
         for name, side in (("hr", 128), ("lr", 32)):
             write_png(Path(folder) / f"{name}.png", rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        policy, lr = sr_cold_start.new_policy(cfg, Path(folder), groups), image_batch(Path(folder), groups, "lr")
+        lr, hr = (image_batch(Path(folder), groups, key) for key in ("lr", "hr"))
+    policy = sr_policy.new_policy(hr, lr, steps=cfg.denoise_steps, channels=cfg.channels, layers=cfg.layers, seed=0)
     policy, reference = stage.with_reference(cfg, policy.eval().requires_grad_(False))
-    optimizer = torch.optim.AdamW(sr_training.trainable(policy.unet).values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-4)
     rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)
     advantages = grpo.group_advantages(torch.arange(16.0).view(2, 8)).flatten()
-    estimate = {name: size / MB for name, size in sr_plan.memory(policy, reference, cfg, lr[:1]).items()}
     for _ in range(2):
         ctypes.CDLL("libc.so.6").malloc_trim(0)                     # or freed memory would hide what is used again
         Path("/proc/self/clear_refs").write_text("5")               # forget the peak
         before, started = resident("VmRSS"), time.perf_counter()
-        stage.update(policy, reference, cfg, rollouts=rollouts, advantages=advantages, optimizer=optimizer)
+        stage.learn(policy, reference, cfg, rollouts=rollouts, advantages=advantages, optimizer=optimizer)
         seconds = time.perf_counter() - started
-    gradients = sum(p.nbytes for p in sr_training.trainable(policy.unet).values()) / MB
-    activations = next(size for name, size in estimate.items() if name.startswith("activations"))
-    return changes | {"peak_mb": round(resident("VmHWM") - before), "plan_mb": round(gradients + activations),
-                      "seconds": round(seconds, 2), "weights": sum(p.numel() for p in policy.unet.parameters())}
+    return changes | {"peak_mb": round(resident("VmHWM") - before), "seconds": round(seconds, 2),
+                      "weights": sum(p.numel() for p in policy.unet.parameters())}
 
 
 def main() -> None:
     rows = []
-    heads = (("trained", 8), ("samples_per_gpu", 16), ("checkpointing", 14), ("peak, MB", 9), ("plan, MB", 9),
-             ("seconds", 8))
+    heads = (("trained", 8), ("samples_per_gpu", 16), ("checkpointing", 14), ("peak, MB", 9), ("seconds", 8))
     print(" ".join(f"{name:>{width}}" for name, width in heads))
     for changes in ROWS:
         command = [sys.executable, __file__, json.dumps(changes)]
@@ -76,7 +73,7 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         print(f"{'LoRA' if row['lora_rank'] else 'all':>8} {row['samples_per_gpu']:>16} "
-              f"{'yes' if row['gradient_checkpointing'] else 'no':>14} {row['peak_mb']:>9} {row['plan_mb']:>9} "
+              f"{'yes' if row['gradient_checkpointing'] else 'no':>14} {row['peak_mb']:>9} "
               f"{row['seconds']:>8}", flush=True)
     out = ROOT / "runs" / "bench" / "sr_memory.json"
     out.parent.mkdir(parents=True, exist_ok=True)

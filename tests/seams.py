@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import metrics, sr_latent, sr_policy, sr_tiles
+from common import metrics, sr_pipelines, sr_policy, sr_tiles
 from common.images import read_image, resize, to_pixels
 
 PHOTOGRAPHS = {"chelsea.png": (30, 100), "coffee.png": (100, 200)}      # corners of crops of 256 x 256 px; test split
@@ -42,7 +42,7 @@ def blended_outputs(policy, lr: np.ndarray, key: tuple, *, tile: int, overlap: i
 
 def main() -> None:
     run, name = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "policy"
-    policy = sr_latent.load_policy(run / "04_train_sr_grpo" / name, torch.device("cpu"))
+    policy = sr_pipelines.load_policy(run / "04_train_sr_grpo" / name, torch.device("cpu"))
     print(f"tile {'overlap':>8} {'way':<24}{'seam':>6} {'PSNR to whole, dB':>18}    means of {len(PHOTOGRAPHS)} crops")
     rows = {}
     for photograph, (y, x) in PHOTOGRAPHS.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import mllm, sr_latent
+from common import mllm, sr_pipelines
 from conftest import build_judge, load_stage
 from test_sr_policy import tiny_policy
 
@@ -28,8 +28,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     mllm.save_model(judge, stage / "cold_start" / "model")
     judge.model = load_stage("02").add_lora(judge.model, cfg)
     mllm.save_judge(judge, stage / "judge", base=stage / "cold_start" / "model")
-    tiny_policy().write(policy)
-    mllm.load_judge(stage, CPU), sr_latent.load_policy(policy, CPU)
+    tiny_policy().save(policy)
+    mllm.load_judge(stage, CPU), sr_pipelines.load_policy(policy, CPU)
     return {"judge": stage, "policy": policy}
 
 
@@ -80,7 +80,7 @@ def test_damaged_models(models, tmp_path, capsys, kind, what, file):
     copy = shutil.copytree(models[kind], tmp_path / "copy")
     path = copy / WEIGHTS[kind]
     DAMAGE[what, file](path.with_name(file) if file else path)
-    load, words = (mllm.load_judge, "model ") if kind == "judge" else (sr_latent.load_policy, "cannot be loaded")
+    load, words = (mllm.load_judge, "model ") if kind == "judge" else (sr_pipelines.load_policy, "cannot be loaded")
     line = refused(capsys, lambda: load(copy, CPU))
     assert str(copy) in line and words in line
 

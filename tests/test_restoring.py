@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import dist, metrics, restoring, run, sr_latent, sr_policy
+from common import dist, metrics, restoring, run, sr_pipelines, sr_policy
 from common.config import load_config
 from common.images import read_image, resize, to_pixels, write_png
 from common.sr_policy import Policy
@@ -171,7 +171,7 @@ def trained(policy, tmp_path_factory) -> Path:
     other = lively(lively(tiny_policy()))
     for name, one in (("cold_start", other), ("policy", policy)):
         (stage / name).mkdir(parents=True)
-        sr_policy.save_policy(one, stage / name)
+        one.save(stage / name)
     run.write_json(stage / "manifest.json", {"results": {}})
     return stage.parent
 
@@ -219,7 +219,7 @@ def test_a_folder_of_all_kinds_of_pictures(trained, photos, tmp_path):
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [item["file"] for item in skipped] == ["broken.png", "empty.jpg"]
     turned = read_image(photos / "trip" / "turned.jpg")
-    tuned = sr_latent.load_policy(trained / "04_train_sr_grpo" / "policy", torch.device("cpu"))
+    tuned = sr_pipelines.load_policy(trained / "04_train_sr_grpo" / "policy", torch.device("cpu"))
     expected = restoring.restore(tuned, turned, (0, "folder", "trip/turned.jpg"), tile=16, overlap=8, batch=4)
     assert np.array_equal(read_image(out / "tuned" / "trip" / "turned.png"), to_pixels(expected)[0])
     assert tree(photos) == before                                               # no input was touched
@@ -241,7 +241,7 @@ def test_what_is_done_is_not_done_again(trained, photos, tmp_path):
     assert stage_05(argv)["restored_now"] == 2
     weights = trained / "04_train_sr_grpo" / "policy" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
-    sr_policy.save_policy(tiny_policy(), weights.parent)
+    tiny_policy().save(weights.parent)
     assert stage_05(argv)["restored_now"] == 8
     weights.write_bytes(content)
     assert tree(out)                                                            # closing .lock gives the lock back

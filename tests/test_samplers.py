@@ -3,15 +3,13 @@ The random and deterministic denoising steps: against plain loops in the papers'
 
 Run     python -m pytest tests/test_samplers.py        # 5 s
 """
-import ast
 import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from common import grpo, sr_policy
-from conftest import ROOT
 
 SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.1, 0.0]                         # of a flow, from noise to clean
 POWERS = [0.0, 0.05, 0.3, 0.6, 0.9, 0.999, 1.0]                 # of a diffusion model, with zero terminal SNR
@@ -22,12 +20,12 @@ def draw(seed: int, count: int) -> torch.Tensor:
 
 
 def flow_levels(index: int) -> tuple[sr_policy.Level, sr_policy.Level]:
-    levels = sr_policy.flow(torch.tensor(SIGMAS))
+    levels = sr_policy.flow_levels(torch.tensor(SIGMAS))
     return sr_policy.at(levels, torch.tensor([index])), sr_policy.at(levels, torch.tensor([index + 1]))
 
 
 def diffusion_levels(index: int) -> tuple[sr_policy.Level, sr_policy.Level]:
-    levels = sr_policy.variance_preserving(torch.tensor(POWERS))
+    levels = sr_policy.diffusion_levels(torch.tensor(POWERS))
     return sr_policy.at(levels, torch.tensor([index])), sr_policy.at(levels, torch.tensor([index + 1]))
 
 
@@ -141,7 +139,7 @@ def test_flow_steps_of_diffusers():
     v, x = draw(1, 2), draw(0, 2)
     for settings, eta in (({}, 0.0), ({"stochastic_sampling": True}, 1.0)):
         scheduler = flow_scheduler(**settings)
-        levels = sr_policy.flow(scheduler.sigmas)
+        levels = sr_policy.flow_levels(scheduler.sigmas)
         for i, time in enumerate(scheduler.timesteps):
             now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
             found = scheduler.step(v, time, x, generator=torch.Generator().manual_seed(3)).prev_sample
@@ -151,59 +149,5 @@ def test_flow_steps_of_diffusers():
             assert torch.allclose(mean + std * drawn, found, atol=1e-5)
 
 
-def follow(levels: torch.Tensor, x: torch.Tensor, predict) -> torch.Tensor:
-    """DPM-Solver++ (2M) from x through all levels; predict(x, index) -> clean, noise."""
-    past = None
-    for i in range(len(levels) - 1):
-        now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
-        clean, noise = predict(x, i)
-        x, _ = sr_policy.gaussian_step("ddim", clean, noise, now=now, after=after, eta=0.0)
-        if past and i < len(levels) - 2:
-            x = x + sr_policy.second_order(clean, past[0], before=past[1], now=now, after=after)
-        past = clean, now
-    return x
-
-
-@pytest.mark.parametrize("kind", ["flow", "v_prediction"])
-def test_dpm_solver_is_that_of_diffusers(kind):
-    settings = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"} if kind == "flow" \
-        else {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_start": 1e-4, "beta_end": 0.02}
-    scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
-                                            final_sigmas_type="zero", **settings)
-    scheduler.set_timesteps(8)
-    x = expected = draw(0, 2)
-    network = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.Tanh()).requires_grad_(False)
-    for time in scheduler.timesteps:
-        expected = scheduler.step(network(expected), time, expected).prev_sample
-    sigmas = scheduler.sigmas                                                   # b / a of a diffusion model
-    levels = sr_policy.flow(sigmas) if kind == "flow" else sr_policy.variance_preserving(1 / (1 + sigmas ** 2))
-    found = follow(levels, x, lambda x, i: sr_policy.clean_and_noise(
-        kind, x, network(x), sr_policy.at(levels, torch.tensor([i]))))
-    assert torch.allclose(found, expected, atol=1e-4)
-    first_order = x
-    for i in range(8):
-        now, after = (sr_policy.at(levels, torch.tensor([j])) for j in (i, i + 1))
-        first_order, _ = sr_policy.gaussian_step("ddim", *sr_policy.clean_and_noise(kind, first_order, network(first_order), now),
-                                       now=now, after=after, eta=0.0)
-    assert (first_order - expected).abs().max() > 1e-3                          # Euler's is another result
-
-
-def test_dpm_solver_starts_at_pure_noise():
-    levels = sr_policy.flow(torch.tensor(SIGMAS))
-    found = follow(levels, draw(0, 2), lambda x, i: (torch.tanh(x), x))
-    assert torch.isfinite(found).all()
-
-
 # window ----------------------------------------------------------------------------------------------------
 
-def test_the_window_stays_or_moves_and_ends_before_the_last_step():
-    fixed = {sr_policy.window_start(step, 1, width=2, steps=8, every=0, stride=1) for step in range(50)}
-    assert fixed == {1}
-    moving = [sr_policy.window_start(step, 0, width=2, steps=8, every=3, stride=2) for step in range(15)]
-    assert moving == [0] * 3 + [2] * 3 + [4] * 3 + [5] * 6                      # steps 5 and 6; 7 is the last
-
-
-def test_the_samplers_can_be_copied_they_need_torch_only():
-    tree = ast.parse((ROOT / "common" / "samplers.py").read_text())
-    names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert names == ["import math", "from dataclasses import dataclass", "import torch", "from torch import Tensor"]

@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from peft import LoraConfig, get_peft_model
 
-from common import grpo, run, sr_policy
+from common import grpo, run, sr_pipelines, sr_policy
 from common.images import to_pixels, write_png
-from common.sr_cold_start import cold_start_loss, fit_sampler
 from common.sr_policy import Policy
-from common.sr_training import LORA_LAYERS, trainable
+from common.training import trainable
 from conftest import load_stage
 
 STEPS, LATENT = 5, (16, 8, 8)
@@ -37,14 +36,13 @@ def noise(count: int, width: int = 0, seed: int = 0) -> torch.Tensor:
     return sr_policy.draw_noise(keys, (1 + width, *LATENT), torch.device("cpu"))
 
 
-def tiny_policy(dropout: float = 0.0, times: list[int] | None = None, solver: str = "euler") -> Policy:
+def tiny_policy(dropout: float = 0.0) -> Policy:
     torch.manual_seed(0)
     unet = UNet2DModel(sample_size=8, in_channels=16 + sr_policy.CONDITION_CHANNELS, out_channels=16,
                        dropout=dropout, block_out_channels=[32, 32], layers_per_block=1, norm_num_groups=8,
                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     hr = images(8)
-    sampler = fit_sampler(hr, shrink(hr), scale=4, steps=STEPS, contrast_power=0.7)
-    return Policy(unet, replace(sampler, times=times or [], solver=solver)).eval()
+    return Policy(unet, sr_policy.fit_sampler(hr, shrink(hr), steps=STEPS)).eval()
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def lr() -> torch.Tensor:
 
 def add_lora(policy: Policy) -> Policy:
     torch.manual_seed(1)
-    policy.unet = get_peft_model(policy.unet, LoraConfig(r=4, target_modules=LORA_LAYERS))
+    policy.unet = get_peft_model(policy.unet, LoraConfig(r=4, target_modules=Policy.lora_layers))
     return policy
 
 
@@ -165,36 +163,6 @@ def test_each_sampler_moves_and_is_replayed(policy, lr, sampler):
         assert not torch.allclose(rollout.latents[:, 1], other.latents[:, 1], atol=1e-2)
 
 
-def test_own_steps_and_dpm_solver_after_the_window(lr, tmp_path):
-    times = [960, 700, 500, 250, 100]                                   # diffusers' solver cannot begin at pure noise
-    policy = tiny_policy(times=times, solver="dpm")
-    scheduler = DPMSolverMultistepScheduler(trained_betas=policy.sampler.betas, prediction_type="v_prediction",
-                                            algorithm_type="dpmsolver++", final_sigmas_type="zero")
-    scheduler.set_timesteps(timesteps=times)
-
-    def follow(x, first):
-        for time in scheduler.timesteps[first:]:
-            x = scheduler.step(policy.velocity(x, time.repeat(4), lr), time, x).prev_sample
-        return policy.decode(x, lr)
-
-    with torch.no_grad():
-        expected = follow(noise(4)[:, 0], 0)
-        assert torch.allclose(sr_policy.restore(policy, lr, noise(4)[:, 0]), expected, atol=1e-4)
-        rollout = sr_policy.sample(policy, lr, noise(4, 1), start=1)
-        first, _ = sr_policy.step(policy, noise(4)[:, 0], torch.zeros(4).long(), lr)                # Euler before
-        assert torch.allclose(rollout.latents[:, 0], first, atol=1e-6)
-        scheduler.set_timesteps(timesteps=times)
-        assert torch.allclose(rollout.images, follow(rollout.latents[:, -1], 2), atol=1e-4)
-    euler = Policy(policy.unet, replace(policy.sampler, solver="euler"))
-    assert (sr_policy.restore(euler, lr, noise(4)[:, 0]) - expected).abs().max() > 1e-3
-    sr_policy.save_policy(policy, tmp_path)
-    assert run.read_json(tmp_path / "sampler.json")["times"] == times
-    loaded = sr_policy.load_policy(tmp_path, torch.device("cpu"))
-    assert torch.allclose(sr_policy.restore(loaded, lr, noise(4)[:, 0]), expected, atol=1e-4)
-    fewer = sr_policy.load_policy(tmp_path, torch.device("cpu"), steps=2)
-    assert fewer.times.tolist() == [999, 499]
-
-
 def test_batch_and_neighbors_change_nothing(policy, lr):
     together = sr_policy.restore(policy, lr, noise(4)[:, 0])
     alone = torch.cat([sr_policy.restore(policy, lr[i:i + 1], noise(4)[i:i + 1, 0]) for i in range(4)])
@@ -215,8 +183,8 @@ def test_other_sizes(policy):
 
 def test_saved_and_loaded_it_restores_the_same(policy, lr, tmp_path):
     expected = sr_policy.restore(policy, lr, noise(4)[:, 0])
-    sr_policy.save_policy(policy, tmp_path)
-    loaded = sr_policy.load_policy(tmp_path, torch.device("cpu"))
+    policy.save(tmp_path)
+    loaded = sr_pipelines.load_policy(tmp_path, torch.device("cpu"))
     assert torch.equal(sr_policy.restore(loaded, lr, noise(4)[:, 0]), expected)
     assert isinstance(UNet2DModel.from_pretrained(tmp_path), UNet2DModel)
     assert not any(p.requires_grad for p in loaded.parameters()) and loaded.sampler == policy.sampler
@@ -226,13 +194,13 @@ def test_a_broken_policy_folder_is_one_line(tmp_path, capsys):
     for wreck in (lambda: None, lambda: (tmp_path / "sampler.json").write_text("{")):
         wreck()
         with pytest.raises(SystemExit):
-            sr_policy.load_policy(tmp_path, torch.device("cpu"))
+            sr_pipelines.load_policy(tmp_path, torch.device("cpu"))
         message = capsys.readouterr().err
         assert "sampler.json" in message and message.count("\n") == 1
     (tmp_path / "sampler.json").write_text('{"scale": 4}')
     with pytest.raises(SystemExit):
-        sr_policy.load_policy(tmp_path, torch.device("cpu"))
-    assert "has scale, expected scale, steps, betas" in capsys.readouterr().err
+        sr_pipelines.load_policy(tmp_path, torch.device("cpu"))
+    assert "lacks steps, betas, basis" in capsys.readouterr().err
 
 
 def test_lora_is_merged_on_saving_and_off_it_is_the_base(policy, lr, tmp_path):
@@ -245,8 +213,8 @@ def test_lora_is_merged_on_saving_and_off_it_is_the_base(policy, lr, tmp_path):
     assert not torch.allclose(expected, base, atol=1e-3)
     with sr_policy.adapter_off(tuned):
         assert torch.equal(sr_policy.restore(tuned, lr, noise(4)[:, 0]), base)
-    sr_policy.save_policy(tuned, tmp_path)
-    loaded = sr_policy.load_policy(tmp_path, torch.device("cpu"))
+    tuned.save(tmp_path)
+    loaded = sr_pipelines.load_policy(tmp_path, torch.device("cpu"))
     assert torch.allclose(sr_policy.restore(loaded, lr, noise(4)[:, 0]), expected, atol=1e-5)
 
 
@@ -260,7 +228,7 @@ def test_a_time_that_float32_rounds_to_the_end_is_the_last_one(policy, tmp_path)
     step, cfg = 193606, settings(cold_start_batch=64)
     drawn = torch.rand(64, generator=run.generator(0, "cold start time", step))
     assert (torch.arange(64) + drawn)[-1] == 64
-    loss = cold_start_loss(policy, cfg, tmp_path, groups=[{"lr": "lr.png", "hr": "hr.png"}] * 3, step=step)
+    loss = load_stage("04").cold_start_loss(policy, cfg, tmp_path, groups=[{"lr": "lr.png", "hr": "hr.png"}] * 3, step=step)
     assert 0 < float(loss.detach()) < 100
 
 
@@ -279,29 +247,7 @@ def grpo_step(policy: Policy, reference: Policy, cfg, *, lr: torch.Tensor, step:
     rollouts = stage.roll_out(policy, cfg, lr, ids=[str(i) for i in range(len(lr))], step=step)
     rewards = reward(torch.cat([rollout.images for rollout in rollouts])).view(len(lr), -1)
     advantages = grpo.group_advantages(rewards).flatten()
-    return stage.update(policy, reference, cfg, rollouts=rollouts, advantages=advantages, optimizer=optimizer)
-
-
-def test_first_noise_and_window_of_a_group(policy, lr):
-    stage, cfg, ids = load_stage("04"), settings(window_every=2, window_stride=1, sampler="sde"), ["a", "b", "c", "d"]
-    for step, start in ((0, 0), (1, 0), (2, 1), (4, 2), (9, 2)):        # 2 of steps 0 .. 3; 4 is the last
-        rollouts = stage.roll_out(policy, cfg, lr, ids=ids, step=step)
-        assert {rollout.start for rollout in rollouts} == {start}
-        assert {rollout.sampler for rollout in rollouts} == {"sde"}
-    starts = []
-    for step in range(12):
-        drawn, again = (stage.roll_out(policy, settings(window_random=True, window_start=1), lr[:2], ids=own, step=step)
-                        for own in (["a", "b"], ["c", "d"]))
-        assert {rollout.start for rollout in (*drawn, *again)} == {drawn[0].start}      # alike on every rank
-        starts.append(drawn[0].start)
-    assert set(starts) == {1, 2} and starts != sorted(starts)
-    firsts = []
-    for shared in (True, False):
-        cfg = settings(shared_noise=shared)
-        first = torch.cat([rollout.latents[:, 0] for rollout in stage.roll_out(policy, cfg, lr, ids=ids, step=0)])
-        firsts.append(first.view(4, 4, *LATENT))                        # group, sample
-    assert torch.equal(firsts[0][:, 0], firsts[0][:, 3]) and not torch.equal(firsts[0][0, 0], firsts[0][1, 0])
-    assert len({float(x) for x in firsts[1][..., 0, 0, 0].flatten()}) == 16
+    return stage.learn(policy, reference, cfg, rollouts=rollouts, advantages=advantages, optimizer=optimizer)
 
 
 def brightness(sr: torch.Tensor) -> torch.Tensor:
@@ -348,7 +294,7 @@ def test_the_step_does_not_depend_on_micro_batches(policy, lr):
 
 
 def test_two_passes_move_the_ratio_and_a_tight_range_clips_it(policy, lr):
-    cfg = settings(lora_rank=0, updates_per_rollout=3, clip_low=1e-7, clip_high=1e-7)
+    cfg = settings(lora_rank=0, updates_per_rollout=3, clip_range=1e-7)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=1e-3)
     row = grpo_step(policy, reference, cfg, lr=lr, step=0, optimizer=optimizer, reward=brightness)

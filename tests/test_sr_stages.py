@@ -74,7 +74,7 @@ def test_04_leaves_what_it_promises(tuned, toy_config):
     assert sheets == ["step_0000.png", "step_0002.png", "step_0004.png"]
     cold, last = load_file(folder / "cold_start" / POLICY.name), folder / "checkpoints" / "step_000004"
     assert cold.keys() == load_file(folder / POLICY).keys()
-    trained = load_file(last / "model.safetensors")
+    trained = load_file(last / "weights.safetensors")
     assert all("lora" in name for name in trained)                      # nothing else is trained
 
 
@@ -129,7 +129,7 @@ def test_a_killed_cold_start_goes_on_to_the_same_bytes(tuned, toy_config, toy_ru
 def test_04_with_three_processes_trains_the_same_weights(tuned, toy_config, toy_run, tmp_path):
     target = copy_of(toy_run, tmp_path / "run")
     finish("04", toy_config, target, processes=3)           # each has an LR image; the cold start's four are uneven
-    one, two = (load_file(folder / "04_train_sr_grpo" / "checkpoints" / "step_000004" / "model.safetensors")
+    one, two = (load_file(folder / "04_train_sr_grpo" / "checkpoints" / "step_000004" / "weights.safetensors")
                 for folder in (tuned, target))
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, atol=1e-4), name       # moved by some 1e-3
