@@ -41,16 +41,6 @@ def test_down_and_lr_psnr():
     assert metrics.lr_psnr(IMAGE, LR, 4) > 50 and metrics.lr_psnr(noisy(0.2), LR, 4) < 35
 
 
-def test_resize():
-    assert resize(IMAGE, (20, 30), "lanczos").shape == (30, 20, 3)
-    whole = resize(IMAGE, (16, 16), "bicubic")
-    parts = resize(IMAGE / 255, (16, 16), "bicubic")
-    assert whole.dtype == np.uint8 and parts.dtype == np.float32
-    assert np.abs(whole - parts * 255).max() < 1.5
-    assert np.allclose(resize(IMAGE / 255, (16, 16), "area"), metrics.down(IMAGE, 4), atol=1e-6)
-    assert np.array_equal(resize(LR, (64, 64), "nearest"), np.repeat(np.repeat(LR, 4, 0), 4, 1))
-
-
 def test_srcc_is_scipys_and_nan_for_constants():
     a, b = rng.standard_normal(20), rng.standard_normal(20)
     assert metrics.srcc(a, b) == pytest.approx(spearmanr(a, b).statistic)
