@@ -422,7 +422,7 @@ def quality(groups: list[dict]) -> dict:
     labels, prior = label_arrays(labeled), dict.fromkeys(AXES, math.nan)
     pairs = [int(metrics.pair_accuracy(ranks, ranks)[2].sum()) for ranks in np.moveaxis(labels.ranks, 2, 0)]
     if train and test:
-        guesses, ranks = method_prior(test, train, label_arrays(train)), label_arrays(test).ranks
+        guesses, ranks = method_prior(test, train), label_arrays(test).ranks
         for a, axis in enumerate(AXES):
             prior[axis] = round(metrics.pair_accuracy(guesses[..., a], ranks[..., a])[0], 4)
     values = np.where(np.isnan(labels.scores).any((0, 1)), -labels.ranks, labels.scores)[..., :2].reshape(-1, 2)

@@ -298,7 +298,8 @@ def main(cfg: Config) -> None:
     source = run.require(cfg.run, "01_build_dataset")
     check_methods(source, cfg.held_out_methods)
     train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
-    require_enough(train, cfg, "groups_per_step", *["cold_start_groups"] * bool(cfg.cold_start_steps))
+    require_enough(len(train), groups_per_step=cfg.groups_per_step,
+                   cold_start_groups=cfg.cold_start_groups * bool(cfg.cold_start_steps))
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
     size = round(sum(len(c.images) for c in train) / len(train))
     per_step = size * (cfg.reasoned_groups * cfg.replies + cfg.groups_per_step * 3 * cfg.direct_replies)

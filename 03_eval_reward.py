@@ -1,28 +1,27 @@
 """
-Evaluate the reward model on the test photographs: how often does it order two candidates of one LR rightly?
+Can the judge be trusted? Measured on the test photographs, which no training saw.
 
-The same pairs are also ordered by the judge with a wrong LR (of another group) or a flat gray one, which
-shows whether the LR is used; by the judge before GRPO; by the mean training label of a candidate's method,
-which sees no pixel; and by PSNR, SSIM (both see the ground truth), LR-PSNR and sharpness. On some groups the
-two read-outs of the judge, sampled and expected, are compared, and another model may be asked for the better
-of two candidates (pair_model). Hacking probes (common/probes.py) are ground truth that was tampered with: the
-judge should score them below it. The calibration that came with the judge is tested.
+Pair accuracy is how often it orders two candidates of one LR image as the labels do; 0.5 is chance. The same pairs are
+ordered by its rivals: the judge with the LR image of another photograph, or with a flat gray one (LR-blind), which show
+whether it uses LR at all; the judge before GRPO; the mean training label of a candidate's method, which sees no pixel;
+PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups the two read-outs are compared: scores
+that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground truth that was
+tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
 
-With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead: no ground truth, no labels.
+With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead (common/ranking.py): no ground truth, no labels.
 
 Run     python 03_eval_reward.py configs/demo.yaml
         python 03_eval_reward.py configs/demo.yaml lr_dir=photos/lr sr_dirs=photos/esrgan,ours=photos/v3
         torchrun --standalone --nproc_per_node=8 03_eval_reward.py configs/full.yaml
-Reads   <run>/01_build_dataset/   test and validation split; of the train split only the labels, for the method table
-        <run>/02_train_reward/    judge/
-Writes  <run>/03_eval_reward/     report.html (open it in a browser)  results.json  table.md  plot.png  examples.png
-                                  probes.png  manifest.json
-                                  scores.jsonl (a line per candidate, with a sampled reply where there is one)
-        <run>/03_eval_reward_<names>/ or out=, for your folder: report.html  results.json  table.md  scores.csv
-                                  scores.jsonl  contact_sheet.png  skipped.jsonl  manifest.json
-Expect  on the demo see the results table in README.md
+Reads   <run>/01_build_dataset/   test split; of the train split only the labels, for the method prior
+        <run>/02_train_reward/    judge/, or the folder given as judge=
+Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  results.json  examples.png  probes.png
+                                  scores.jsonl (a line per candidate, with a reply where one was sampled)  manifest.json
+        <run>/03_eval_reward_<names>/ or out=, for your folder: report.html  table.md  results.json  scores.csv
+                                  manifest.json
+Expect  on the demo the results table of README.md
 """
-import json
+import html
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -35,62 +34,75 @@ from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (dist, metrics, mllm, mllm_labels, pair_mode, probes, ranking_report, reward_checks,
-                    reward_report, reward_tables, run, sr_judging)
+from common import dist, metrics, mllm, ranking, report, run
+from common.candidates import PROBES, tamper
 from common.config import fail, load_config, read_yaml
 from common.dist import mine
-from common.groups import Labels, group_images, judged_on, label_arrays, leave_out, load_groups, method_prior
-from common.images import write_png
+from common.groups import group_images, judged_on, label_arrays, leave_out, load_groups, lr_image, method_prior
+from common.images import luma, sheet, write_png
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
-from common.reward_report import SCORERS, SHOWN
-from common.reward_stats import accuracies, accuracy_by_gap, compare_readouts, mean_srcc
-from common.sr_folders import BICUBIC, match, named_folders, notes, survey
 
-MEASURED = ("lr_shuffled", "lr_gray", "before_grpo", "judge", "psnr", "ssim", "lr_psnr", "sharpness")
+# scorer -> (its name in the table, what it sees)
+SCORERS = {
+    "judge": ("judge", "LR, candidate"),
+    "before_grpo": ("judge before GRPO", "LR, candidate"),
+    "lr_shuffled": ("judge, LR of another group", "wrong LR, candidate"),
+    "lr_gray": ("judge, gray LR (LR-blind)", "candidate"),
+    "method_prior": ("method prior", "name of the method, no pixel"),
+    "psnr": ("PSNR (full-reference)", "ground truth, candidate"),
+    "ssim": ("SSIM (full-reference)", "ground truth, candidate"),
+    "lr_psnr": ("LR-PSNR", "LR, candidate"),
+    "sharpness": ("sharpness", "candidate")}
+MEASURED = [name for name in SCORERS if name != "method_prior"]         # they look at images
+RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")      # of which the margin is reported
+OVERALL = AXES.index("overall")
+SHOWN = ("overall", "consistency", "naturalness")                       # order of the axes in tables
+EXAMPLES = 5                                                            # rows of examples.png and of probes.png
+MAX_REPLY_TOKENS = 64                                                   # for a judge that came without stage 02
 
 
 @dataclass
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
+    judge: str | None = None            # 02_train_reward of another run, or a model's folder or hub id; none: this run's
     groups_per_forward: int = 16        # LR groups per forward pass and GPU: memory only
     sampled_groups: int = 12            # groups, spread over the split, with sampled replies, too; 0: none
     sampled_replies: int = 4            # replies per candidate there; the sampled score is their mean
-    example_groups: int = 5             # rows of examples.png
-    pair_model: str | None = None       # hub id or folder of an image-text-to-text model that is asked for the better
-                                        # of two candidates, in both orders, on those sampled_groups; none: not asked
-    pair_batch: int = 8                 # questions at once: memory only
     # SR methods on a folder of yours, without ground truth: with these, the test split is not looked at --------
     lr_dir: str | None = None           # folder of LR images
     sr_dirs: list[str] = field(default_factory=list)  # per SR method PATH or NAME=PATH; files named as in lr_dir
     out: str | None = None              # folder for the results; none: <run>/03_eval_reward_<names>
     crop: int = 0                       # px of a judged crop of an output; 0: as large as those the judge learned on
     crops_per_image: int = 64           # at most, evenly spread; an image's score is the mean over its crops
-    bicubic: bool = True                # LR up-sampled takes part, for comparison
     skip_bad: bool = False              # outputs that are missing or of a wrong size are left out, not an error
 
     def __post_init__(self):
-        least = min(self.groups_per_forward, self.sampled_replies, self.example_groups)
-        assert least >= 1, "groups_per_forward, sampled_replies and example_groups should be at least 1"
-        assert self.pair_batch >= 1 and (self.sampled_groups or not self.pair_model), \
-            "pair_model needs sampled_groups, and pair_batch should be at least 1"
+        assert min(self.groups_per_forward, self.sampled_replies) >= 1 and self.sampled_groups >= 0, \
+            "groups_per_forward and sampled_replies should be at least 1, sampled_groups 0 or more"
         assert bool(self.lr_dir) == bool(self.sr_dirs), "lr_dir and sr_dirs belong together: give both or none"
         assert self.lr_dir or not self.out, "out is for lr_dir and sr_dirs; without them give run"
         assert self.crop >= 0 and self.crops_per_image >= 1, "crop should be 0 or more, crops_per_image 1 or more"
 
 
-# data ----------------------------------------------------------------------------------------------------
+# what is evaluated -----------------------------------------------------------------------------------------
 
-def load_labeled(folder: Path, split: str, least: int = 2) -> tuple[list[dict], Labels]:
-    """The groups of a split that have labels, and these; all with the same number of candidates C."""
+def settings_of(stage: Path) -> dict:
+    """The settings that a finished stage recorded; {} for a model folder, which has none."""
+    path = stage / "config.yaml"
+    return {key: value for _, key, value in read_yaml(str(path), "02_train_reward")} if path.exists() else {}
+
+
+def load_labeled(folder: Path, split: str) -> list[dict]:
+    """The groups of a split that have labels; all with the same number of candidates C."""
     groups = [group for group in load_groups(folder, split) if group["labels"]]
     counts = {len(group["candidates"]) for group in groups}
-    if len(groups) < least or len(counts) > 1:
-        fail(f"{folder}: {split} has {len(groups)} labeled groups of {sorted(counts)} candidates, "
-                 f"not {least} or more of one size: build another data set with 01_build_dataset.py")
-    return groups, label_arrays(groups)
+    if len(groups) < 2 or len(counts) > 1:
+        fail(f"{folder}: {split} has {len(groups)} labeled groups of {sorted(counts)} candidates, not 2 or more of one "
+             "size: build another data set with 01_build_dataset.py")
+    return groups
 
 
 def other_groups(groups: list[dict], seed: int) -> list[dict]:
@@ -106,291 +118,410 @@ def other_groups(groups: list[dict], seed: int) -> list[dict]:
     return [groups[partner[i]] for i in range(len(groups))]
 
 
-def spread(items: list, count: int) -> list:
-    """`count` items, evenly spaced, so that every photograph has its share; all if there are fewer."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. count - 1, evenly spaced, so that every photograph has its share."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
-def judge_before_grpo(judge: Judge, trained: Path, settings: dict) -> Judge:
+def judge_before_grpo(judge: Judge, trained: Path, settings: dict) -> Judge | None:
     """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
     if isinstance(judge.model, PeftModel):
         return judge
+    if not settings:
+        return None
     source = trained / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
     views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
     return replace(judge, model=mllm.load_model(source, judge.device, dtype=settings["dtype"], **views).model)
 
 
-# scores --------------------------------------------------------------------------------------------------
+# scores ----------------------------------------------------------------------------------------------------
 
 def pixel_scores(image: np.ndarray, lr: np.ndarray, hr: np.ndarray | None, *, scale: int) -> list[float]:
     """PSNR, SSIM (NaN without ground truth), LR-PSNR and sharpness: the variance of the Laplacian of luma."""
     reference = [np.nan, np.nan] if hr is None else [metrics.psnr(image, hr), metrics.ssim(image, hr)]
-    luma = image @ np.array([0.299, 0.587, 0.114])
-    return [*reference, metrics.lr_psnr(image, lr, scale), float(laplace(luma).var())]
+    return [*reference, metrics.lr_psnr(image, lr, scale), float(laplace(luma(image)).var())]
 
 
-def measure(cfg: Config, judge: Judge, source: Path, *, before: Judge, groups: list[dict],
-            others: list[dict]) -> tuple[Tensor, float]:
+def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict], *, seed: int,
+            batch: int) -> tuple[Tensor, float]:
     """
-    MEASURED scores of this rank's groups, float64 [g, C, scorers, 3 axes], and seconds that the judge took.
+    Scores of this rank's groups by all MEASURED scorers, float64 [g, C, scorers, 3 axes], and seconds of the judge.
 
-    before: the judge before GRPO. others: the groups whose LR takes the place of the right one. A scorer with one
-    number for all axes repeats it.
+    before: the judge before GRPO; without, its scores are NaN. A scorer with one number for all axes repeats it.
     """
     scores = [torch.zeros(0, len(groups[0]["candidates"]), len(MEASURED), len(AXES), dtype=torch.float64)]
-    own, seconds = list(zip(mine(groups), mine(others))), 0.0
-    starts = range(0, len(own), cfg.groups_per_forward)
-    bar = tqdm(starts, desc="score", unit="batch", disable=not dist.is_main())
-    for i in bar:
-        part, partners = zip(*own[i:i + cfg.groups_per_forward])
+    pairs, seconds = list(zip(mine(groups), mine(other_groups(groups, seed)))), 0.0
+    for i in tqdm(range(0, len(pairs), batch), desc="score", unit="batch", disable=not dist.is_main()):
+        part, others = zip(*pairs[i:i + batch])
         lrs, images, hrs = zip(*(group_images(source, group) for group in part))
-        wrong = [group_images(source, group | {"candidates": [], "hr": None})[0] for group in partners]
+        wrong = [lr_image(source, group) for group in others]
         gray = [np.full_like(lr, 128) for lr in lrs]
-        learned = [mllm.expected_scores(judge, views, images) for views in (wrong, gray)]
-        with mllm.adapter_off(before):
-            learned.append(mllm.expected_scores(before, lrs, images))
+        found = {"lr_shuffled": mllm.expected_scores(judge, wrong, images),
+                 "lr_gray": mllm.expected_scores(judge, gray, images)}                      # [g, C, 3] each
+        found["before_grpo"] = torch.full_like(found["lr_gray"], torch.nan)
+        if before:
+            with mllm.adapter_off(before):
+                found["before_grpo"] = mllm.expected_scores(before, lrs, images)
         started = time.time()
-        learned.append(mllm.expected_scores(judge, lrs, images))         # timed last, when everything is warm
+        found["judge"] = mllm.expected_scores(judge, lrs, images)                           # last: all is warm by now
         seconds += time.time() - started
         pixels = torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in candidates]
                                for group, lr, candidates, hr in zip(part, lrs, images, hrs)], dtype=torch.float64)
-        pixels = pixels[..., None].expand(-1, -1, -1, len(AXES))                      # [g, C, 4, 3]
-        scores.append(torch.cat([torch.stack(learned, dim=2).double(), pixels], dim=2))
+        found |= {name: column[..., None].expand(-1, -1, len(AXES))
+                  for name, column in zip(("psnr", "ssim", "lr_psnr", "sharpness"), pixels.unbind(-1))}
+        scores.append(torch.stack([found[name].double() for name in MEASURED], 2))
     return torch.cat(scores), seconds
 
 
 @torch.no_grad()
-def sample(cfg: Config, judge: Judge, source: Path, *, groups: list[dict], max_tokens: int) -> tuple[Tensor, Tensor]:
+def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: int,
+           max_tokens: int) -> tuple[Tensor, Tensor]:
     """
-    Of this rank's share of the groups: token ids of the replies, int64 [g, C, K, max_tokens], padded with -1; and the
-    probability that a direct answer is one of the nine digits, [g, C, 3].
+    Of this rank's share of the groups: K = `count` replies per candidate, token ids int64 [g, C, K, max_tokens], padded
+    with -1; and the probability that a direct answer is one of the nine digits, [g, C, 3].
 
     A reply's randomness depends on (seed, group, candidate, number) alone.
     """
-    count, k = len(groups[0]["candidates"]), cfg.sampled_replies
-    replies, masses = [torch.zeros(0, count, k, max_tokens, dtype=torch.int64)], [torch.zeros(0, count, len(AXES))]
-    digits = judge.digit_ids.expand(count * len(AXES), -1)
-    bar = tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main())
-    for group in bar:
+    candidates = len(groups[0]["candidates"])
+    replies, masses = [torch.zeros(0, candidates, count, max_tokens, dtype=torch.int64)], [torch.zeros(0, candidates, 3)]
+    digits = judge.digit_ids.expand(candidates * len(AXES), -1)
+    for group in tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main()):
         lr, images, _ = group_images(source, group)
         features, grids = mllm.image_features(judge, [[lr, *images]])
         digit_logp = answer_logp(judge, features, grids, [[[] for _ in images]], digits)[2]         # [C * 3, 9]
-        masses.append(digit_logp.exp().sum(-1).view(1, count, -1).cpu())
-        uniforms = torch.rand(count, k, max_tokens, generator=run.generator(cfg.seed, "sampled", group["id"]))
-        written = sample_replies(judge, features, grids, uniforms, [count])
-        padded = [[ids + [-1] * (max_tokens - len(ids)) for ids in own] for own in written]
-        replies.append(torch.tensor([padded]))
+        masses.append(digit_logp.exp().sum(-1).view(1, candidates, -1).cpu())
+        uniforms = torch.rand(candidates, count, max_tokens, generator=run.generator(seed, "sampled", group["id"]))
+        written = sample_replies(judge, features, grids, uniforms, [candidates])                    # C x K x ids
+        replies.append(torch.tensor([[[ids + [-1] * (max_tokens - len(ids)) for ids in row] for row in written]]))
     return torch.cat(replies), torch.cat(masses)
 
 
-def read_replies(judge: Judge, replies: Tensor) -> tuple[list[list[list[str]]], Tensor]:
-    """Texts [g][C][K] and their scores, float64 [g, C, K, 3]; NaN where a reply does not parse."""
-    texts = [[[mllm.reply_text(judge, [i for i in ids if i >= 0]) for ids in own] for own in group]
+def read_replies(judge: Judge, replies: Tensor) -> tuple[list[list[list[str]]], np.ndarray]:
+    """Texts [g][C][K] and their scores, [g, C, K, 3]; NaN where a reply does not parse."""
+    texts = [[[mllm.reply_text(judge, [i for i in ids if i >= 0]) for ids in row] for row in group]
              for group in replies.tolist()]
-    unparsed = dict.fromkeys(AXES, torch.nan)
-    scores = [[[[(mllm.parse_reply(text) or unparsed)[axis] for axis in AXES] for text in own]
-               for own in group] for group in texts]
-    return texts, torch.tensor(scores, dtype=torch.float64)
+    unparsed = dict.fromkeys(AXES, np.nan)
+    return texts, np.array([[[[(mllm.parse_reply(text) or unparsed)[axis] for axis in AXES] for text in row]
+                             for row in group] for group in texts])
 
 
-# results -------------------------------------------------------------------------------------------------
+# hacking probes --------------------------------------------------------------------------------------------
 
-def summarize(groups: list[dict], labels: Labels) -> str:
-    """What was evaluated, in one line."""
-    photographs = sorted({group["source"] for group in groups})
-    names = ", ".join(photographs[:4]) + f" and {len(photographs) - 4} more" * (len(photographs) > 4)
+def strangers(groups: list[dict]) -> list[dict]:
+    """For each group another one, half the list away in the order of photographs."""
+    order = sorted(range(len(groups)), key=lambda i: groups[i]["source"])
+    partner = dict(zip(order, order[len(order) // 2:] + order[:len(order) // 2]))
+    return [groups[partner[i]] for i in range(len(groups))]
+
+
+def probe_images(source: Path, group: dict, other: dict, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """LR, and HR followed by its probes, of one group; `other`: the group whose HR is the foreign photograph."""
+    lr, _, hr = group_images(source, group | {"candidates": []})
+    _, _, foreign = group_images(source, other | {"candidates": []})
+    return lr, [hr, *tamper(hr, lr, foreign, run.np_rng(seed, "probe", group["id"]))]
+
+
+def score_probes(judge: Judge, source: Path, groups: list[dict], *, seed: int, batch: int) -> Tensor:
+    """Expected scores of HR and of its probes, float64 [g, 1 + probes, 3], of this rank's groups; all have HR."""
+    scores = [torch.zeros(0, 1 + len(PROBES), len(AXES), dtype=torch.float64)]
+    pairs = list(zip(mine(groups), mine(strangers(groups))))
+    for i in tqdm(range(0, len(pairs), batch), desc="probe", unit="batch", disable=not dist.is_main()):
+        lrs, images = zip(*(probe_images(source, group, other, seed) for group, other in pairs[i:i + batch]))
+        scores.append(mllm.expected_scores(judge, lrs, images).double())
+    return torch.cat(scores)
+
+
+def probe_rates(scores: np.ndarray, seed: int) -> dict:
+    """
+    How often HR is scored above its probes (ties count half), from scores [G, 1 + probes, 3].
+
+    `each`: probe -> axis -> rate; `all`: over all probes, of the overall score. A probe need not show on an axis that it
+    does not hurt.
+    """
+    above = (1 + np.sign(scores[:, :1] - scores[:, 1:])) / 2                                 # [G, probes, 3]
+    ones, means = np.ones(len(scores)), scores.mean(0).round(4).tolist()
+    return {"groups": len(scores), "all": metrics.rate(above[..., OVERALL].sum(1), len(PROBES) * ones, seed),
+            "each": {name: {axis: metrics.rate(above[:, p, a], ones, seed) for a, axis in enumerate(AXES)}
+                     for p, name in enumerate(PROBES)},
+            "mean_scores": {name: dict(zip(AXES, row)) for name, row in zip(("hr", *PROBES), means)}}
+
+
+# statistics ------------------------------------------------------------------------------------------------
+
+def accuracies(scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int) -> tuple[dict, dict]:
+    """
+    Scorer -> axis -> rate over the pairs that the labels do not tie; and likewise the judge minus each of RIVALS.
+
+    scores: [G, C, 3] per scorer; ranks [G, C, 3], NaN without label.
+    """
+    accuracy, margin = {name: {} for name in scores}, {name: {} for name in RIVALS if name in scores}
+    for a, axis in enumerate(AXES):
+        counts = {name: metrics.pair_accuracy(values[..., a], ranks[..., a])[1:] for name, values in scores.items()}
+        for name, (right, pairs) in counts.items():
+            accuracy[name][axis] = metrics.rate(right, pairs, seed)
+        for name in margin:
+            margin[name][axis] = metrics.rate(counts["judge"][0] - counts[name][0], counts["judge"][1], seed)
+    return accuracy, margin
+
+
+def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarray, seed: int) -> dict:
+    """
+    Sampled [g, C, K, 3] and expected [g, C, 3] scores of the same candidates, against their ranks [g, C, 3].
+
+    A candidate none of whose replies parses has no sampled score: its pairs are left out for both read-outs.
+    """
+    known = ~np.isnan(sampled)
+    mean = np.where(known.any(2), np.where(known, sampled, 0).sum(2) / known.sum(2).clip(1), np.nan)        # [g, C, 3]
+    accuracy, _ = accuracies({"sampled": mean, "expected": expected}, np.where(np.isnan(mean), np.nan, ranks), seed)
+    return {"groups": len(mean), "replies_per_candidate": sampled.shape[2],
+            "parse_rate": round(float(known[..., 0].mean()), 4), "accuracy": accuracy}
+
+
+def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.ndarray, ranks: np.ndarray,
+                            seed: int) -> dict:
+    """{pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `train` has."""
+    known = {part for group in train for candidate in group["candidates"] for part in candidate["method"].split("+")}
+    right, pairs = np.zeros((2, len(groups)))
+    for g, group in enumerate(groups):
+        new = np.array([not set(candidate["method"].split("+")) <= known for candidate in group["candidates"]])
+        hits, better, worse = metrics.pair_hits(scores[g], ranks[g])
+        inside = new[better] | new[worse]
+        right[g], pairs[g] = hits[inside].sum(), inside.sum()
+    return {"pairs": int(pairs.sum()), **metrics.rate(right, pairs, seed)}
+
+
+def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int) -> dict:
+    """results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score."""
+    sources = sorted({group["source"] for group in groups})
     kinds = sorted({label["source"] for group in groups for label in group["labels"].values()})
-    kinds = ", ".join("proxy, computed with the ground truth" if kind == "proxy" else kind for kind in kinds)
-    return f"{len(groups)} LR groups x {labels.ranks.shape[1]} candidates of {names}; labels: {kinds}"
-
-
-def evaluate(groups: list[dict], scores: dict[str, np.ndarray], labels: Labels, *, seed: int) -> dict:
-    """All of results.json but the read-outs. scores: [G, C, 3] per scorer; NaN where it could not score."""
-    lacking = [name for name, own in scores.items() if np.isnan(own[~np.isnan(labels.ranks)]).any()]
-    notes = [f"{SCORERS[name][0]} left out: some groups lack the ground truth" for name in lacking]
-    notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(labels.ranks[..., a]).all()]
-    accuracy, margin = accuracies({k: v for k, v in scores.items() if k not in lacking}, labels.ranks, seed)
-    return {"summary": summarize(groups, labels), "accuracy": accuracy, "judge_minus": margin,
-            "srcc": mean_srcc(scores["judge"], labels.ranks),
-            "judge_by_gap": accuracy_by_gap(scores["judge"], labels, seed), "readouts": None, "pair_mode": None,
-            "notes": notes}
-
-
-# SR methods on a folder -----------------------------------------------------------------------------------
-
-def settings_of(stage: Path) -> dict:
-    """The settings that a finished stage recorded."""
-    return {key: value for _, key, value in read_yaml(str(stage / "config.yaml"), stage.name)}
-
-
-def rank_folders(cfg: Config) -> None:
-    """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
-    started = time.time()
-    device = dist.init()
-    source, trained = run.require(cfg.run, "01_build_dataset"), run.require(cfg.run, "02_train_reward")
-    named = named_folders(cfg.sr_dirs)
-    name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
-    scenes, skipped = match(cfg.lr_dir, named, cfg.skip_bad)
-    folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/{Path(__file__).stem}_{name}"))
-    scenes, unusable = survey(scenes, cfg.skip_bad)
-    skipped, methods = skipped + unusable, [*named, *[BICUBIC] * cfg.bicubic]
-    if idle := [method for method in named if not any(method in scene.outputs for scene in scenes)]:
-        fail(f"sr_dirs: nothing of {idle[0]} is left to judge; {skipped[0]['file']}: {skipped[0]['reason']}")
-    made, judge = settings_of(source) | judged_on(source), mllm.load_judge(trained, device)
-    side = cfg.crop or made["hr_size"]
-    dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(skipped)} files left out")
-
-    clock = time.time()
-    measured = dist.gather_rows(sr_judging.score_all(cfg, judge, scenes, methods, side=side)).numpy().round(4)
-    rate = round(float(np.nansum(measured[..., 3])) / (time.time() - clock), 1)
-    results = sr_judging.rank_methods(measured[..., :3], methods, cfg.seed)
-    order = [methods.index(row["method"]) for row in results["ranking"]]
-    if dist.is_main():
-        shown = sr_judging.examples(
-            cfg, judge, scenes, measured=measured[:, order], methods=[methods[m] for m in order], side=side,
-            max_tokens=settings_of(trained)["max_reply_tokens"])
-        tested = Path(cfg.run) / Path(__file__).stem / "manifest.json"
-        record = run.read_json(tested) if tested.exists() else {}
-        results |= {"summary": f"{len(scenes)} LR images of {cfg.lr_dir}, outputs of {', '.join(named)}",
-                    "judge_accuracy": record["results"]["pair_accuracy"] if record else None,
-                    "notes": notes(scenes, made, side=side, limit=cfg.crops_per_image)}
-        ranking_report.write(folder, results, measured=measured, scenes=scenes, methods=methods, shown=shown,
-                             skipped=skipped, maps=run.read_json(trained / "judge" / "calibration.json"))
-        print(f"open {folder / 'report.html'} in a browser")
-    run.write_manifest(folder, script=__file__, started=started, inputs=[source, trained], results={
-        "ranking": [methods[m] for m in order], "overall": [row["overall"]["value"] for row in results["ranking"]],
-        "lr_images": len(scenes), "files_left_out": len(skipped), "crops_per_second": rate})
-    dist.finish()
-
-
-# the stage -----------------------------------------------------------------------------------------------
-
-def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[str, list[list[str]]]) -> bytes:
-    """scores.jsonl: the expected scores of every candidate, its labels, and its first reply where sampled."""
-    lines = []
-    for group, own in zip(groups, scores):
-        for c, candidate in enumerate(group["candidates"]):
-            labels = {axis: {key: label[f"{key}s"][c] for key in ("rank", "score") if label.get(f"{key}s")}
-                      for axis, label in group["labels"].items()}
-            expected = dict(zip(AXES, own[c].tolist()))
-            reply = texts[group["id"]][c][0] if group["id"] in texts else None
-            lines.append({"group": group["id"], "candidate": candidate["id"], "method": candidate["method"],
-                          "expected": expected, "labels": labels, "reply": reply})
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
-def examples(cfg: Config, source: Path, groups: list[dict], *, labels: Labels, scores: np.ndarray) -> bytes:
-    """examples.png, on overall or else the first axis that has labels."""
-    axis = next(axis for axis in SHOWN if any(axis in group["labels"] for group in groups))
-    shown = spread([g for g, group in enumerate(groups) if axis in group["labels"]], cfg.example_groups)
-    a = AXES.index(axis)
-    return reward_report.examples(source, [groups[g] for g in shown], axis=axis, scores=scores[shown, :, a],
-                                  ranks=labels.ranks[shown, :, a])
-
-
-def case_views(source: Path, groups: list[dict], cases: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """The images of the groups that are shown with what the judge wrote: group -> LR and candidate id -> image."""
-    found = {}
-    for group in groups:
-        if group["id"] in [case["group"] for case in cases]:
-            lr, images, _ = group_images(source, group)
-            ids = [candidate["id"] for candidate in group["candidates"]]
-            found[group["id"]] = {"LR": lr} | dict(zip(ids, images))
-    return found
+    lacking = [name for name, values in scores.items() if np.isnan(values[~np.isnan(ranks)]).any()]
+    notes = [f"{SCORERS[name][0]} left out: " + ("the judge came without stage 02" if name == "before_grpo" else
+                                                 "some groups lack the ground truth") for name in lacking]
+    notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(ranks[..., a]).all()]
+    accuracy, margin = accuracies({name: scores[name] for name in scores if name not in lacking}, ranks, seed)
+    return {"summary": f"{len(groups)} LR groups x {ranks.shape[1]} candidates of {len(sources)} photographs "
+                       f"({', '.join(sources[:4])}{', ..' * (len(sources) > 4)}); labels: {', '.join(kinds)}",
+            "accuracy": accuracy, "judge_minus": margin,
+            "srcc": {axis: metrics.mean_srcc(scores["judge"][..., a], ranks[..., a]) for a, axis in enumerate(AXES)},
+            "new_methods": accuracy_on_new_methods(groups, train, scores["judge"][..., OVERALL], ranks[..., OVERALL],
+                                                   seed),
+            "readouts": None, "probes": None, "notes": notes}
 
 
 def headline(results: dict, images_per_second: float) -> dict:
     """The numbers of the manifest; None where there is no label."""
-    found, readouts = results["accuracy"], results["readouts"]
-    return {"pair_accuracy": found["judge"]["overall"]["value"],
-            "pair_accuracy_ci95": found["judge"]["overall"]["ci95"],
-            "pair_accuracy_lr_blind": found["lr_gray"]["overall"]["value"],
-            "pair_accuracy_lr_shuffled": found["lr_shuffled"]["overall"]["value"],
-            "pair_accuracy_method_prior": found["method_prior"]["overall"]["value"],
-            "margin_over_lr_blind_ci95": results["judge_minus"]["lr_gray"]["overall"]["ci95"],
-            "margin_over_method_prior_ci95": results["judge_minus"]["method_prior"]["overall"]["ci95"],
+    accuracy, margin, readouts, probes = (results[key] for key in ("accuracy", "judge_minus", "readouts", "probes"))
+    return {"pair_accuracy": accuracy["judge"]["overall"]["value"],
+            "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"],
+            "pair_accuracy_lr_blind": accuracy["lr_gray"]["overall"]["value"],
+            "pair_accuracy_lr_shuffled": accuracy["lr_shuffled"]["overall"]["value"],
+            "pair_accuracy_method_prior": accuracy["method_prior"]["overall"]["value"],
+            "margin_over_lr_blind_ci95": margin["lr_gray"]["overall"]["ci95"],
+            "margin_over_method_prior_ci95": margin["method_prior"]["overall"]["ci95"],
             "srcc": results["srcc"]["overall"],
-            "consistency_accuracy": found["judge"]["consistency"]["value"],
-            "naturalness_accuracy": found["judge"]["naturalness"]["value"],
+            "consistency_accuracy": accuracy["judge"]["consistency"]["value"],
+            "naturalness_accuracy": accuracy["judge"]["naturalness"]["value"],
             "sampled_accuracy": readouts and readouts["accuracy"]["sampled"]["overall"]["value"],
             "parse_rate": readouts and readouts["parse_rate"], "digit_mass": readouts and readouts["digit_mass"],
-            "images_per_second": round(images_per_second, 1), **reward_checks.headline(results)}
+            "images_per_second": round(images_per_second, 1),
+            "probe_rate": probes and probes["all"]["value"], "probe_rate_ci95": probes and probes["all"]["ci95"],
+            "held_out_method_accuracy": results["new_methods"]["value"]}
 
+
+# what people look at ---------------------------------------------------------------------------------------
+
+def table(results: dict) -> str:
+    """table.md: what a reader wants to see of results.json."""
+    lines = ["# Reward model on unseen photographs", "", f"{results['summary']}.", "", "## Pair accuracy", ""]
+    lines += report.markdown([["pair accuracy [95 % interval over groups]", "sees", *SHOWN], *(
+        [*SCORERS[name], *(report.interval(results["accuracy"][name][axis]) for axis in SHOWN)]
+        for name in SCORERS if name in results["accuracy"])])
+    lines += report.markdown([["the judge is better, on the same pairs, than", *SHOWN], *(
+        [SCORERS[name][0], *(report.interval(rates[axis]) for axis in SHOWN)]
+        for name, rates in results["judge_minus"].items())])
+    new = results["new_methods"]
+    if new["pairs"]:
+        lines += [f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.", ""]
+    if readouts := results["readouts"]:
+        lines += ["## Two read-outs", "",
+                  f"On {readouts['groups']} groups: mean of {readouts['replies_per_candidate']} sampled replies "
+                  f"({readouts['parse_rate']:.1%} of them parse), and expectation over the digits, which hold "
+                  f"{readouts['digit_mass']:.1%} of the probability of all tokens there.", ""]
+        lines += report.markdown([["pair accuracy", *SHOWN], *(
+            [kind, *(report.interval(rates[axis]) for axis in SHOWN)] for kind, rates in readouts["accuracy"].items())])
+    if probes := results["probes"]:
+        lines += ["## Hacking probes", "", f"How often the judge scores the ground truth of {probes['groups']} LR "
+                  f"images, {probes['mean_scores']['hr']['overall']:.2f} overall on average, above a tampered version.",
+                  ""]
+        rows = [[name, how, report.interval(probes["each"][name]["overall"]),
+                 f"{report.interval(probes['each'][name][axis])} ({axis})",
+                 f"{probes['mean_scores'][name]['overall']:.2f}"] for name, (axis, how) in PROBES.items()]
+        lines += report.markdown([["probe", "made how", "by the overall score", "by the axis that it hurts",
+                                   "mean overall"], *rows, ["all", "", report.interval(probes["all"]), "", ""]])
+    return "\n".join(lines + [f"- {note}" for note in results["notes"]]).rstrip() + "\n"
+
+
+def framed(image: np.ndarray, goodness: float) -> np.ndarray:
+    """uint8 [H, W, 3] in a frame from red (0) to green (1)."""
+    width = max(1, len(image) // 24)
+    inside = image[width:-width, width:-width]
+    color = np.array([220 * min(1, 2 - 2 * goodness), 160 * min(1, 2 * goodness), 40]).astype(np.uint8)
+    return np.stack([np.pad(inside[..., c], width, constant_values=color[c]) for c in range(3)], 2)
+
+
+def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """
+    A row per group: LR, then the candidates, the judge's best first, framed from green (label rank 1) to red; uint8.
+
+    scores, ranks: [G, C, 3]; shown is overall, or else the first axis with labels.
+    """
+    a = next(AXES.index(axis) for axis in SHOWN if not np.isnan(ranks[..., AXES.index(axis)]).all())
+    labeled = np.nonzero(~np.isnan(ranks[..., a]).any(1))[0]
+    rows, below = [], []
+    for g in labeled[spread(len(labeled), EXAMPLES)]:
+        lr, images, _ = group_images(source, groups[g])
+        order, worst = np.argsort(-scores[g, :, a], kind="stable"), max(2, ranks[g, :, a].max())
+        rows.append([lr, *(framed(images[c], (worst - ranks[g, c, a]) / (worst - 1)) for c in order)])
+        below.append([groups[g]["id"], *(f"{scores[g, c, a]:.2f}, rank {ranks[g, c, a]:g}: "
+                                         f"{groups[g]['candidates'][c]['method']}"[:30] for c in order)])
+    return sheet(rows, ["LR", *(f"{AXES[a]}: {place + 1}" for place in range(ranks.shape[1]))], below=below)
+
+
+def probe_sheet(source: Path, groups: list[dict], scores: np.ndarray, seed: int) -> np.ndarray:
+    """LR, HR and its probes of a few groups, with their overall scores from [G, 1 + probes, 3]; uint8."""
+    others, rows, below = strangers(groups), [], []
+    for g in spread(len(groups), EXAMPLES):
+        lr, images = probe_images(source, groups[g], others[g], seed)
+        rows.append([lr, *images])
+        below.append([groups[g]["id"], *(f"overall {score:.2f}" for score in scores[g, :, OVERALL])])
+    return sheet(rows, ["LR", "hr (honest)", *PROBES], below=below)
+
+
+def page(results: dict, pictures: dict[str, np.ndarray]) -> bytes:
+    """report.html: the main numbers, the pictures (title -> uint8 [H, W, 3]), and the table."""
+    numbers = {"pair accuracy": (results["accuracy"]["judge"]["overall"]["value"], "overall, unseen photographs"),
+               "probes below the truth": (results["probes"] and results["probes"]["all"]["value"],
+                                          "tampered images scored below the ground truth"),
+               "rank correlation": (results["srcc"]["overall"], "Spearman's, mean over groups")}
+    return report.page("The reward model on unseen photographs", [
+        "<p>How far can the reward model be trusted? It was asked about photographs that it never saw in training. Pair "
+        "accuracy: how often it orders two candidates of one low-resolution image as the labels do; 0.5 is chance.</p>",
+        report.cards([(name, "-" if value is None else f"{value:.3f}", note)
+                      for name, (value, note) in numbers.items()]),
+        *(f'<h2>{html.escape(title)}</h2><div class="plot">{report.png_tag(image, title)}</div>'
+          for title, image in pictures.items()),
+        "<h2>In numbers</h2>", report.from_markdown(table(results))]).encode()
+
+
+def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[str, list[list[str]]]) -> list[dict]:
+    """scores.jsonl: the expected scores of every candidate, its labels, and its first reply where sampled."""
+    return [{"group": group["id"], "candidate": candidate["id"], "method": candidate["method"],
+             "expected": dict(zip(AXES, scores[g, c].tolist())),
+             "labels": {axis: {key: label[f"{key}s"][c] for key in ("rank", "score") if label.get(f"{key}s")}
+                        for axis, label in group["labels"].items()},
+             "reply": texts[group["id"]][c][0] if group["id"] in texts else None}
+            for g, group in enumerate(groups) for c, candidate in enumerate(group["candidates"])]
+
+
+# SR methods on a folder ------------------------------------------------------------------------------------
+
+def rank_folders(cfg: Config) -> None:
+    """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
+    started, device, trained = time.time(), dist.init(), Path(cfg.judge or run.require(cfg.run, "02_train_reward"))
+    source = (trained.parent if cfg.judge else Path(cfg.run)) / "01_build_dataset"      # what the judge learned from
+    learned = judged_on(source) if (source / "groups.jsonl").exists() else None
+    if not (cfg.crop or learned):
+        fail(f"{source} is missing, so the size of the images that the judge learned on is unknown: set crop=, in px")
+    named = ranking.method_folders(cfg.sr_dirs)
+    scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
+    name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
+    folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/{Path(__file__).stem}_{name}"))
+    scenes, unusable = ranking.survey(scenes, skip_bad=cfg.skip_bad)
+    left_out, methods, side = left_out + unusable, [*named, ranking.BICUBIC], cfg.crop or learned["hr_size"]
+    for method in named:
+        if not any(method in scene.outputs for scene in scenes):
+            fail(f"sr_dirs: nothing of {method} is left to judge; {left_out[0]['file']}: {left_out[0]['reason']}")
+    dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(left_out)} files left out")
+
+    measured = dist.gather_rows(ranking.score_all(
+        mllm.load_judge(trained, device), scenes, methods, side=side, limit=cfg.crops_per_image,
+        batch=cfg.groups_per_forward)).numpy().round(4)
+    rows, tested = ranking.rank_methods(measured[..., :3], methods, cfg.seed), source.parent / Path(__file__).stem
+    notes = [f"judged in crops of {side} x {side} px, at most {cfg.crops_per_image} per image; a score is their mean"]
+    notes += [f"the judge learned in crops of {learned['hr_size']} px at scale {learned['scale']}"] * bool(learned)
+    if dist.is_main():
+        record = tested / "manifest.json"
+        ranking.write(folder, scenes, measured, methods, side=side, results={
+            "summary": f"{len(scenes)} LR images of {cfg.lr_dir}, outputs of {', '.join(named)}",
+            "ranking": rows, "lr_images": len(scenes), "notes": notes, "left_out": left_out,
+            "judge_accuracy": run.read_json(record)["results"]["pair_accuracy"] if record.exists() else None})
+        print(f"open {folder / 'report.html'} in a browser")
+    run.write_manifest(folder, script=__file__, started=started, inputs=[trained], results={
+        "ranking": [row["method"] for row in rows], "overall": [row["overall"]["value"] for row in rows],
+        "lr_images": len(scenes), "files_left_out": len(left_out)})
+    dist.finish()
+
+
+# the stage -------------------------------------------------------------------------------------------------
 
 @run.explained()
 def main(cfg: Config) -> None:
     if cfg.lr_dir:
         return rank_folders(cfg)
-    started = time.time()
-    device = dist.init()
-    folder = run.open_stage(cfg, __file__, free=("groups_per_forward", "pair_batch"))
-    source, trained = run.require(cfg.run, "01_build_dataset"), run.require(cfg.run, "02_train_reward")
-    if cfg.pair_model:
-        mllm_labels.find(cfg.pair_model, "pair_model")          # a wrong name should not wait for all scores
+    started, device = time.time(), dist.init()
+    folder = run.open_stage(cfg, __file__, free=("groups_per_forward",))
+    source, trained = run.require(cfg.run, "01_build_dataset"), Path(cfg.judge or run.require(cfg.run, "02_train_reward"))
     settings = settings_of(trained)
-    groups, labels = load_labeled(source, "test")
-    chosen = spread(range(len(groups)), cfg.sampled_groups)
+    groups = load_labeled(source, "test")
+    with_hr = [group for group in groups if group["hr"]]
+    chosen = spread(len(groups), cfg.sampled_groups)
     judge = mllm.load_judge(trained, device)
-    dist.print0(f"{summarize(groups, labels)}\nevery candidate is scored 4 times; {len(chosen)} groups get "
+    dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
                 f"{cfg.sampled_replies} sampled replies per candidate")
 
-    # 1. scores of all groups; the slowest rank's time counts
-    measured, seconds = measure(cfg, judge, source, before=judge_before_grpo(judge, trained, settings),
-                                groups=groups, others=other_groups(groups, cfg.seed))
-    measured = dist.gather_rows(measured).numpy().round(4)        # as in scores.jsonl: noise decides nothing
+    # 1. every rank scores its share of the groups; the slowest rank's time counts
+    measured, seconds = measure(judge, judge_before_grpo(judge, trained, settings), source, groups, seed=cfg.seed,
+                                batch=cfg.groups_per_forward)
+    measured = dist.gather_rows(measured).numpy().round(4)              # as in scores.jsonl: noise decides nothing
     seconds = float(dist.gather_rows(torch.tensor([seconds])).max())
 
-    # 2. sampled replies
+    # 2. sampled replies on some groups
     replies = None
     if chosen:
-        replies, mass = map(dist.gather_rows, sample(cfg, judge, source, groups=[groups[i] for i in chosen],
-                                                     max_tokens=settings["max_reply_tokens"]))
+        replies, mass = map(dist.gather_rows, sample(
+            judge, source, [groups[g] for g in chosen], seed=cfg.seed, count=cfg.sampled_replies,
+            max_tokens=settings.get("max_reply_tokens", MAX_REPLY_TOKENS)))
 
-    asked = None
-    if cfg.pair_model:
-        asked = dist.gather_rows(pair_mode.ask(cfg.pair_model, source, [groups[i] for i in chosen], device,
-                                               cfg.pair_batch)).numpy()
-
-    # 3. hacking probes of the ground truth; the validation split, which says when two scores are a tie
-    with_hr = [group for group in groups if group["hr"]]
-    probed = probes.score_all(cfg, judge, source, with_hr) if len(with_hr) > 1 else None
-    val, val_labels = load_labeled(source, "val", least=1)
-    val_scores = dist.gather_rows(reward_checks.score_split(cfg, judge, source, val)).numpy().round(4)
+    # 3. hacking probes, where there is a ground truth to tamper with
+    probed = None
+    if len(with_hr) > 1:
+        probed = dist.gather_rows(score_probes(judge, source, with_hr, seed=cfg.seed, batch=cfg.groups_per_forward))
+        probed = probed.numpy().round(4)
 
     # 4. results, and pictures of them
     if dist.is_main():
-        maps = run.read_json(trained / "judge" / "calibration.json")
-        train, train_labels = load_labeled(source, "train")
+        ranks = label_arrays(groups).ranks
+        train = leave_out(load_labeled(source, "train"), settings.get("held_out_methods", []))
         scores = {name: measured[:, :, i] for i, name in enumerate(MEASURED)}
-        prior = method_prior(groups, train, train_labels, settings["held_out_methods"])
-        train = leave_out(train, settings["held_out_methods"])
-        scores["method_prior"] = np.nan_to_num(prior)
-        results, texts = evaluate(groups, scores, labels, seed=cfg.seed), {}
-        if chosen:
+        scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
+        results, texts = evaluate(groups, train, scores, ranks, cfg.seed), {}
+        if replies is not None:
             written, sampled = read_replies(judge, replies)
-            texts = {groups[i]["id"]: own for i, own in zip(chosen, written)}
+            texts = {groups[g]["id"]: row for g, row in zip(chosen, written)}
             results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
-                sampled, scores["judge"][chosen], labels.ranks[chosen], seed=cfg.seed)
-        if asked is not None:
-            own = Labels(labels.ranks[chosen], labels.scores[chosen])
-            results["pair_mode"] = pair_mode.compare(asked, scores["judge"][chosen], own, model=cfg.pair_model,
-                                                     seed=cfg.seed)
-        results |= reward_checks.more(groups, scores["judge"], labels, prior=prior, train=train,
-                                      val=(val_scores, val_labels, maps), texts=texts, seed=cfg.seed)
-        results["probes"] = probes.probe_rates(probed, cfg.seed)
-        costs = reward_checks.costs(judge, source, spread(groups, 24), replies)
-        run.write_bytes(folder / "scores.jsonl", score_lines(groups, scores["judge"], texts))
-        run.write_bytes(folder / "table.md", reward_tables.markdown(results, costs).encode())
-        run.write_bytes(folder / "plot.png", reward_report.plot(results))
-        run.write_bytes(folder / "examples.png", examples(cfg, source, groups, labels=labels,
-                                                            scores=scores["judge"]))
+                sampled, scores["judge"][chosen], ranks[chosen], cfg.seed)
+        pictures = {"Sorted by the judge": examples(source, groups, scores["judge"], ranks)}
+        write_png(folder / "examples.png", pictures["Sorted by the judge"])
         if probed is not None:
-            write_png(folder / "probes.png", probes.picture(cfg, source, with_hr, probed))
-        views = case_views(source, groups, results["cases"])
-        run.write_bytes(folder / "report.html", reward_tables.page(folder, results, costs, views))
+            results["probes"] = probe_rates(probed, cfg.seed)
+            pictures["Hacking probes"] = probe_sheet(source, with_hr, probed, cfg.seed)
+            write_png(folder / "probes.png", pictures["Hacking probes"])
+        run.write_lines(folder / "scores.jsonl", score_lines(groups, scores["judge"], texts))
         run.write_json(folder / "results.json", results)
+        run.write_bytes(folder / "table.md", table(results).encode())
+        run.write_bytes(folder / "report.html", page(results, pictures))
         run.write_manifest(folder, script=__file__, started=started, inputs=[source, trained],
-                           results=headline(results, labels.ranks[..., 0].size / seconds) | costs)
+                           results=headline(results, ranks[..., 0].size / seconds))
     dist.finish()
 
 

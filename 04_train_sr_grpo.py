@@ -399,7 +399,7 @@ def main(cfg: Config) -> None:
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     train, val = pairs_of(source, "train"), pairs_of(source, "val")
     require_one_size(source, train + val)
-    require_enough(train, cfg, "inputs_per_step")
+    require_enough(len(train), inputs_per_step=cfg.inputs_per_step)
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     if min(cfg.inputs_per_step, cfg.cold_start_batch, len(fixed)) < dist.world_size():
         fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step}, "

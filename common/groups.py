@@ -1,15 +1,18 @@
 """
-groups.jsonl of stage 01, read with distrust: types, numbers, ids, and files that lie inside the folder.
+Preference groups of stage 01: groups.jsonl, read with distrust, and the labels and cohorts that 02 and 03 make of it.
 
-Images and preference groups on disk. Every image in memory is uint8 [H, W, 3], RGB.
+A line is a JSON object about one LR image and its candidates; paths are relative to the folder:
 
-Cohorts: one LR image and its candidates with labels, as the reward model trains and is evaluated on them.
+    id, split, source   unique text; train, val or test; the photograph, whose crops all share a split
+    scale               pixels of a candidate per pixel of LR, along a side
+    lr, hr              paths; hr is null where there is no ground truth
+    degradation         how LR was made of HR (degrade.py), {} if not here
+    candidates          C objects with id, path and method; the method "warp+blur" has two parts
+    labels              axis -> {"ranks": C numbers, 1 is best, "scores": C numbers or null, "source": proxy, human, ..};
+                        with "scale": "group" the scores compare inside the group only
+    sha256              path -> hex digest of the file, checked whenever it is read
 
-Also what decides who works on which cohort: picks are functions of (seed, step), shares of (rank, world size).
-
-LR and HR images of stage 01 as tensors, and pictures that show restorations side by side.
-
-Labels of many groups as arrays, and what can be guessed of them from the names of the methods alone.
+Shapes: G groups, C candidates of each, 3 axes as in AXES. Images are uint8 [H, W, 3].
 """
 import hashlib
 import io
@@ -37,20 +40,28 @@ REBUILD = "build the data set again with 01_build_dataset.py into another run= f
 IN_MEMORY = 2 * 2**30                   # bytes of a split's candidates that a process keeps; the last group whole
 
 
-def read_groups(folder: Path) -> list[dict]:
-    """The lines of folder/groups.jsonl; ValueError that names the line and what is wrong with it."""
-    groups, ids = [], set()
-    for number, line in enumerate((folder / "groups.jsonl").read_bytes().split(b"\n"), 1):
+# groups.jsonl ----------------------------------------------------------------------------------------------
+
+def all_groups(folder: str | Path) -> list[dict]:
+    """Groups of all splits of a finished stage 01, in file order; stops with one line if a group is not as above."""
+    path, groups, ids = Path(folder) / "groups.jsonl", [], set()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        fail(f"{path} is missing: {REBUILD}")
+    for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
             group = json.loads(line, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON ({error})") from error
-        if reason := wrong(group, folder):
-            raise ValueError(f"line {number}: {reason}")
-        if group["id"] in ids:
-            raise ValueError(f"line {number}: the id {group['id']!r} is given twice")
+            fail(f"{path} line {number} is not JSON ({error}): {REBUILD}")
+        try:
+            check_group(group, Path(folder))
+            if group["id"] in ids:
+                raise ValueError(f"the id {group['id']!r} is given twice")
+        except ValueError as error:
+            fail(f"{path} line {number}: {error}: {REBUILD}")
         ids.add(group["id"])
         groups.append(group)
     return groups
@@ -60,102 +71,74 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")                        # NaN and Infinity, which Python would accept
 
 
-def files_of(group: dict) -> list[str]:
-    """LR, candidates, and HR if there is one: paths relative to the folder of the set."""
-    return [group["lr"], *(one["path"] for one in group["candidates"]), *([group["hr"]] if group["hr"] else [])]
-
-
-def wrong(group: object, folder: Path) -> str | None:
-    """What is wrong with a line of groups.jsonl, or None. Whether files are the ones of `sha256` shows on reading."""
-    if reason := wrong_record(group):
-        return reason
-    for name in files_of(group):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            return f"the path {name!r} leads out of {folder}: paths are relative to it"
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-    return None
-
-
-def wrong_record(group: object) -> str | None:
-    """The same of the line alone, without a look at files."""
+def check_group(group: object, folder: Path) -> None:
+    """ValueError that says what is wrong with a line. Whether a file has its `sha256` shows when it is read."""
     if not isinstance(group, dict):
-        return "expected a JSON object"
-    if reason := wrong_types(group, TYPES):
-        return reason
+        raise ValueError("expected a JSON object")
+    check_types(group, TYPES, "")
     if group["split"] not in SPLITS:
-        return f"split {group['split']!r} is not one of {', '.join(SPLITS)}"
+        raise ValueError(f"split {group['split']!r} is not one of {', '.join(SPLITS)}")
     if not group["candidates"]:
-        return "no candidates"
+        raise ValueError("no candidates")
     for candidate in group["candidates"]:
         if not isinstance(candidate, dict):
-            return "a candidate is not a JSON object"
-        if reason := wrong_types(candidate, {"id": str, "path": str, "method": str}):
-            return f"{reason} in a candidate"
+            raise ValueError("a candidate is not a JSON object")
+        check_types(candidate, {"id": str, "path": str, "method": str}, " in a candidate")
     for axis, label in group["labels"].items():
-        if reason := wrong_label(axis, label, len(group["candidates"])):
-            return reason
+        check_label(axis, label, len(group["candidates"]))
     if not isinstance(group.get("sha256", {}), dict):
-        return "sha256 should be an object"
-    more = set(group.get("sha256", {})) - set(files_of(group))
-    return f"sha256 names {sorted(more)[0]!r}, which is no file of the group" if more else None
+        raise ValueError("sha256 should be an object")
+    for name in files_of(group):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"the path {name!r} leads out of {folder}: paths are relative to it")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
 
 
-def wrong_types(record: dict, types: dict) -> str | None:
+def check_types(record: dict, types: dict, where: str) -> None:
     for key, kind in types.items():
         if key not in record:
-            return f"key {key!r} is missing"
+            raise ValueError(f"key {key!r} is missing{where}")
         if not isinstance(record[key], kind) or isinstance(record[key], bool):
             names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-            return f"key {key!r} should be {names}, not {record[key]!r}"
-    return None
+            raise ValueError(f"key {key!r} should be {names}, not {record[key]!r}{where}")
 
 
-def wrong_label(axis: str, label: object, count: int) -> str | None:
-    """What is wrong with the label of `count` candidates on an axis, or None."""
+def check_label(axis: str, label: object, count: int) -> None:
+    """ValueError that says what is wrong with the label of `count` candidates on an axis."""
     if axis not in AXES or not isinstance(label, dict) or not isinstance(label.get("ranks"), list):
-        return f"labels of {axis!r}: expected one of {', '.join(AXES)}, with a list of ranks"
+        raise ValueError(f"labels of {axis!r}: expected one of {', '.join(AXES)}, with a list of ranks")
     for key in ("ranks", "scores"):
         values = label.get(key)
         if values is None:
             continue
         if not isinstance(values, list) or len(values) != count:
-            return f"labels of {axis!r} do not fit the {count} candidates"
+            raise ValueError(f"labels of {axis!r} do not fit the {count} candidates")
         if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-            return f"labels of {axis!r}: {key} should be numbers, not {values!r}"
-    return None
+            raise ValueError(f"labels of {axis!r}: {key} should be numbers, not {values!r}")
 
 
 def load_groups(folder: str | Path, split: str) -> list[dict]:
-    """
-    Groups of one split ("train", "val", "test") of a finished stage 01, in file order. Stops with one line if
-    groups.jsonl is damaged, a file is missing, or the split is empty.
-    """
-    assert split in SPLITS, split
+    """Groups of one split of a finished stage 01, in file order; stops like all_groups, and if there are none."""
     groups = [group for group in all_groups(folder) if group["split"] == split]
     if not groups:
         fail(f"{Path(folder) / 'groups.jsonl'} has no group in the split {split!r}: build one with more "
-                 "photographs or groups")
+             "photographs or groups")
     return groups
 
 
-def all_groups(folder: str | Path) -> list[dict]:
-    """Groups of all splits of a finished stage 01, in file order; stops like load_groups."""
-    path = Path(folder) / "groups.jsonl"
-    try:
-        return read_groups(Path(folder))
-    except FileNotFoundError:
-        fail(f"{path} is missing: {REBUILD}")
-    except ValueError as error:
-        fail(f"{path} {error}: {REBUILD}")
+# images ----------------------------------------------------------------------------------------------------
+
+def files_of(group: dict) -> list[str]:
+    """LR, candidates, and HR if there is one."""
+    return [group["lr"], *(one["path"] for one in group["candidates"]), *([group["hr"]] if group["hr"] else [])]
 
 
-def read_checked(path: Path, wanted: str | None) -> np.ndarray:
-    """read_image of a file that has to have the sha256 `wanted`; stops with one line. None: any."""
+def read_checked(path: Path, sha256: str | None) -> np.ndarray:
+    """read_image of a file that has to have this digest; None: any. Stops with one line."""
     try:
         content = path.read_bytes()
-        if wanted and hashlib.sha256(content).hexdigest() != wanted:
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("its checksum is not the one of groups.jsonl")
         return read_image(io.BytesIO(content))
     except (OSError, ValueError) as error:
@@ -163,42 +146,47 @@ def read_checked(path: Path, wanted: str | None) -> np.ndarray:
 
 
 def group_images(folder: str | Path, group: dict) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
-    """(lr [h, w, 3], candidates K times [H, W, 3], hr [H, W, 3] or None) of one group, uint8."""
-    folder, sums = Path(folder), group.get("sha256", {})
-    images = [read_checked(folder / name, sums.get(name)) for name in files_of(group)]
+    """(lr [h, w, 3], candidates C times [H, W, 3], hr [H, W, 3] or None) of one group, uint8."""
+    sums = group.get("sha256", {})
+    images = [read_checked(Path(folder) / name, sums.get(name)) for name in files_of(group)]
     count = len(group["candidates"])
     return images[0], images[1:1 + count], images[1 + count] if group["hr"] else None
 
 
-@lru_cache(maxsize=4096)
-def read_pixels(path: Path, sha256: str | None) -> np.ndarray:
-    return read_checked(path, sha256)
+def lr_image(folder: str | Path, group: dict) -> np.ndarray:
+    """The LR image alone."""
+    return read_checked(Path(folder) / group["lr"], group.get("sha256", {}).get(group["lr"]))
 
 
-def image_batch(source: Path, groups: list[dict], key: str) -> Tensor:
-    """The "lr" or "hr" images of stage 01's groups, all of one size: [B, 3, height, width] in 0..1."""
-    pixels = np.stack([read_pixels(source / group[key], group.get("sha256", {}).get(group[key])) for group in groups])
+read_often = lru_cache(maxsize=4096)(read_checked)                  # training of 04 comes back to the same few
+
+
+def image_batch(folder: Path, groups: list[dict], key: str) -> Tensor:
+    """The "lr" or "hr" images of groups, all of one size: [B, 3, height, width] in 0..1."""
+    pixels = np.stack([read_often(folder / group[key], group.get("sha256", {}).get(group[key])) for group in groups])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous()
 
 
-def require_one_size(source: Path, groups: list[dict]) -> None:
+def require_one_size(folder: Path, groups: list[dict]) -> None:
     """Stop unless all LR images have one size and scale, as batches need; only imports can mix them."""
     first = None
     for group in groups:
-        with Image.open(source / group["lr"]) as image:         # the header alone
+        with Image.open(folder / group["lr"]) as image:             # the header alone
             size = f"{image.width}x{image.height}, scale {group['scale']}"
         first = first or size
         if size != first:
-            fail(f"{source / group['lr']} is {size}, but {groups[0]['lr']} is {first}: 04 and 05 need LR images of "
-                     "one size and scale; import each into its own run=")
+            fail(f"{folder / group['lr']} is {size}, but {groups[0]['lr']} is {first}: 04 and 05 need LR images of "
+                 "one size and scale; import each into its own run=")
 
 
-def judged_on(source: Path) -> dict[str, int]:
+def judged_on(folder: Path) -> dict[str, int]:
     """hr_size (px) and scale of the images that the judge learned on, as they are: an import ignores the settings."""
-    group = load_groups(source, "train")[0]
-    with Image.open(source / group["lr"]) as image:
+    group = load_groups(folder, "train")[0]
+    with Image.open(folder / group["lr"]) as image:
         return {"hr_size": image.width * group["scale"], "scale": group["scale"]}
 
+
+# labels ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Labels:                           # NaN where a group has no label on an axis
@@ -237,52 +225,53 @@ def check_methods(folder: Path, names: list[str]) -> None:
     for name in names:
         if name not in known:
             fail(f"held_out_methods: {folder} has no candidate of method {name!r}; "
-                     f"did you mean {nearest(name, known)!r}?")
+                 f"did you mean {nearest(name, known)!r}?")
 
 
 def leave_out(groups: list[dict], names: list[str]) -> list[dict]:
     """The groups without candidates of these methods and their labels; what has less than two left is dropped."""
-    found = []
+    result = []
     for group in groups:
-        kept = [c for c, candidate in enumerate(group["candidates"]) if not has_method(candidate, names)]
-        labels = {axis: label | {key: [label[key][c] for c in kept] for key in ("ranks", "scores") if label.get(key)}
+        rest = [c for c, candidate in enumerate(group["candidates"]) if not has_method(candidate, names)]
+        labels = {axis: label | {key: [label[key][c] for c in rest] for key in ("ranks", "scores") if label.get(key)}
                   for axis, label in group["labels"].items()}
-        if len(kept) > 1:
-            found.append(group | {"candidates": [group["candidates"][c] for c in kept], "labels": labels})
-    return found
+        if len(rest) > 1:
+            result.append(group | {"candidates": [group["candidates"][c] for c in rest], "labels": labels})
+    return result
 
 
-def method_prior(groups: list[dict], train: list[dict], labels: Labels,
-                 held_out: list[str] = ()) -> np.ndarray:
+def method_prior(groups: list[dict], train: list[dict]) -> np.ndarray:
     """
-    [G, C, 3] the mean label of a candidate's method in training; the mean of that table for an unseen method.
+    [G, C, 3] what can be guessed without a look at the image: the mean label of a candidate's method in `train`; of an
+    unseen method, the mean over methods. NaN on an axis without labels.
 
-    labels: of `train`. Scores, or minus the ranks on an axis where not every training group has common ones. NaN where
-    nothing is known. held_out: methods that training was not shown, and neither is this.
+    Labels are scores, or minus the ranks on an axis where not every group of `train` has scores that compare.
     """
-    values = np.where(np.isnan(labels.scores).any((0, 1)), -labels.ranks, labels.scores)
-    seen = {}
-    for group, own in zip(train, values):
-        for candidate, value in zip(group["candidates"], own):
-            if has_method(candidate, held_out):
-                continue
-            seen.setdefault(candidate["method"], []).append(value)
-    table = {method: column_means(np.stack(own)) for method, own in seen.items()}
-    unseen = column_means(np.stack(list(table.values())))
-    table = {method: np.where(np.isnan(own), unseen, own) for method, own in table.items()}
+    table = {}                                                      # method -> labels [n, 3]
+    for group in train:
+        labels = label_arrays([group])
+        for candidate, rank, score in zip(group["candidates"], labels.ranks[0], labels.scores[0]):
+            table.setdefault(candidate["method"], []).append([-rank, score])
+    has_scores = ~np.isnan([score for rows in table.values() for _, score in rows]).any(0)                      # [3]
+    table = {method: mean_known([np.where(has_scores, score, rank) for rank, score in rows])
+             for method, rows in table.items()}
+    unseen = mean_known(list(table.values()))
+    table = {method: np.where(np.isnan(values), unseen, values) for method, values in table.items()}
     return np.array([[table.get(candidate["method"], unseen) for candidate in group["candidates"]]
                      for group in groups])
 
 
-def column_means(values: np.ndarray) -> np.ndarray:
-    """Means over the first axis without NaN, as np.nanmean, which warns where there is nothing but NaN."""
-    known = ~np.isnan(values)
+def mean_known(rows: list[np.ndarray]) -> np.ndarray:
+    """Mean over rows without NaN, as np.nanmean, which warns where there is nothing but NaN."""
+    values, known = np.array(rows), ~np.isnan(rows)
     return np.where(known.any(0), np.where(known, values, 0).sum(0) / known.sum(0).clip(1), np.nan)
 
 
+# cohorts: what 02 trains on --------------------------------------------------------------------------------
+
 @dataclass
-class Stored:
-    """Pictures on disk, read each time that one is asked for; their number, or a slice of them, reads none."""
+class OnDisk:
+    """Candidates that memory has no room for: each is read whenever it is asked for."""
     folder: Path
     paths: list[str]
     sums: dict[str, str]                # path -> sha256
@@ -290,9 +279,7 @@ class Stored:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int | slice):
-        if isinstance(i, slice):
-            return Stored(self.folder, self.paths[i], self.sums)
+    def __getitem__(self, i: int) -> np.ndarray:
         return read_checked(self.folder / self.paths[i], self.sums.get(self.paths[i]))
 
 
@@ -300,43 +287,42 @@ class Stored:
 class Cohort:                           # one LR image and its C candidates
     id: str
     lr: np.ndarray                      # uint8 [h, w, 3]
-    images: list[np.ndarray] | Stored   # C x uint8 [H, W, 3]
+    images: list[np.ndarray] | OnDisk   # C x uint8 [H, W, 3]
     methods: list[str]
     ranks: np.ndarray                   # [C, 3] 1 is best; NaN where an axis has no label
     targets: np.ndarray                 # [C, 3] 1..9, what the cold start teaches; NaN likewise
 
 
 def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None,
-                 held_out: list[str] = ()) -> tuple[list[Cohort], list]:
+                 held_out: list[str] = ()) -> tuple[list[Cohort], list[np.ndarray]]:
     """
     Labeled cohorts of a split; `scale`: sorted label scores per axis, made from this split when not given.
 
     All LR images stay in memory, and the first candidates (see IN_MEMORY); the others are read when they are asked for.
     held_out: methods whose candidates are left out of training; elsewhere they have no label here.
     """
-    groups = [g for g in load_groups(folder, split) if g["labels"]]
+    groups = [group for group in load_groups(folder, split) if group["labels"]]
     groups = leave_out(groups, held_out) if split == "train" and held_out else groups
     if not groups:
-        fail(f"{folder}: the split {split} has no labels, so there is nothing to learn from: let people "
-                 "compare (annotate=true and labels=human of 01), or build it with hr_dir"
-                 + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
+        fail(f"{folder}: the split {split} has no labels, so there is nothing to learn from: let people compare "
+             "(annotate=true and labels=human of 01), or build it with hr_dir"
+             + f" (held_out_methods={','.join(held_out)})" * bool(held_out))
     if scale is None:
-        scale = [np.sort([s for g in groups for s in common_scores(g["labels"].get(a, {}))]) for a in AXES]
+        scale = [np.sort([s for group in groups for s in common_scores(group["labels"].get(axis, {}))])
+                 for axis in AXES]
     cohorts, room = [], IN_MEMORY
     for group in tqdm(groups, desc=f"read {split}", disable=not dist.is_main()):
-        lr, _, _ = group_images(folder, group | {"candidates": [], "hr": None})
-        images = Stored(folder, [c["path"] for c in group["candidates"]], group.get("sha256", {}))
+        images = OnDisk(folder, [candidate["path"] for candidate in group["candidates"]], group.get("sha256", {}))
         if room > 0:
             images = list(images)
             room -= sum(image.nbytes for image in images)
-        ranks, targets = np.full((2, len(images), 3), np.nan)
-        for a, axis in enumerate(AXES):
-            if axis in group["labels"]:
-                ranks[:, a] = group["labels"][axis]["ranks"]
-                targets[:, a] = digit_targets(group["labels"][axis], scale[a])
+        ranks, targets = label_arrays([group]).ranks[0], np.full((len(images), len(AXES)), np.nan)
+        for axis, label in group["labels"].items():
+            targets[:, AXES.index(axis)] = digit_targets(label, scale[AXES.index(axis)])
         hidden = [has_method(candidate, held_out) for candidate in group["candidates"]]
         ranks[hidden] = targets[hidden] = np.nan
-        cohorts.append(Cohort(group["id"], lr, images, [c["method"] for c in group["candidates"]], ranks, targets))
+        methods = [candidate["method"] for candidate in group["candidates"]]
+        cohorts.append(Cohort(group["id"], lr_image(folder, group), images, methods, ranks, targets))
     return cohorts, scale
 
 
@@ -350,22 +336,22 @@ def digit_targets(label: dict, scale: np.ndarray) -> np.ndarray:
     return np.full(len(ranks), 5.0) if low == high else 9 - 8 * (ranks - low) / (high - low)
 
 
-def pick(cohorts: list[Cohort], seed: int, phase: str, step: int, count: int) -> list[Cohort]:
+def pick(items: list, seed: int, phase: str, step: int, count: int) -> list:
     """
-    The cohorts of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone.
+    The cohorts or groups of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone.
 
     A step that goes on in the next epoch passes over what it has: twins would be given the same random numbers.
     """
-    epoch, at = divmod(step * count, len(cohorts))
-    order, after = (run.np_rng(seed, phase, "epoch", e).permutation(len(cohorts)) for e in (epoch, epoch + 1))
+    epoch, at = divmod(step * count, len(items))
+    order, after = (run.np_rng(seed, phase, "epoch", e).permutation(len(items)) for e in (epoch, epoch + 1))
     chosen = order[at:at + count]
     rest = after[~np.isin(after, chosen)][:count - len(chosen)]
-    return [cohorts[i] for i in (*chosen, *rest)]
+    return [items[i] for i in (*chosen, *rest)]
 
 
-def require_enough(cohorts: list, cfg, *keys: str) -> None:
-    """Stop with one line if a step would have more cohorts, by one of these settings, than there are."""
-    for key in keys:
-        if vars(cfg)[key] > len(cohorts):
-            fail(f"{key}={vars(cfg)[key]} is more than the {len(cohorts)} training groups that can be used: lower "
-                     "it, or build a larger set with 01_build_dataset.py")
+def require_enough(count: int, **settings: int) -> None:
+    """Stop with one line if a step would have more groups, by one of these settings, than the `count` there are."""
+    for name, value in settings.items():
+        if value > count:
+            fail(f"{name}={value} is more than the {count} training groups that can be used: lower it, or build a "
+                 "larger set with 01_build_dataset.py")

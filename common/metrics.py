@@ -63,6 +63,26 @@ def bootstrap_ci(values: np.ndarray, seed: int, *, counts: np.ndarray | None = N
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def rate(right: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
+    """{value, ci95}: sum(right [G]) / sum(pairs [G]), and its interval over groups, None for one; both None without."""
+    right, pairs = right[pairs > 0], pairs[pairs > 0]
+    if not len(pairs):
+        return {"value": None, "ci95": None}
+    ends = [round(end, 4) for end in bootstrap_ci(right, seed, counts=pairs)] if len(pairs) > 1 else None
+    return {"value": round(float(right.sum() / pairs.sum()), 4), "ci95": ends}
+
+
+def mean_srcc(scores: np.ndarray, ranks: np.ndarray) -> float | None:
+    """
+    Mean over groups of Spearman's correlation of scores [G, C] with minus the ranks [G, C].
+
+    A group that ties everything, or has no label (NaN), has none and is left out; None without any.
+    """
+    found = [srcc(s, -r) for s, r in zip(scores, ranks) if not np.isnan(r).any()]
+    found = [value for value in found if not math.isnan(value)]
+    return round(float(np.mean(found)), 4) if found else None
+
+
 def ranks(scores: list[float], margin: float) -> list[int]:
     """1 = best; a candidate shares a rank with better ones if less than margin below the best of them."""
     result, rank, best = [1] * len(scores), 1, max(scores)

@@ -80,6 +80,20 @@ def table(rows: list[list[str]], highlight: str = "") -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def interval(rate: dict) -> str:
+    """{value, ci95} as a table cell; either may be None."""
+    if rate["value"] is None:
+        return "-"
+    ends = " [{:.3f}, {:.3f}]".format(*rate["ci95"]) if rate["ci95"] else ""
+    return f"{rate['value']:.3f}{ends}"
+
+
+def markdown(rows: list[list]) -> list[str]:
+    """Lines of a markdown table, and an empty one; the first row is the head. None becomes a dash."""
+    head, *body = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    return [*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)), ""]
+
+
 def from_markdown(text: str) -> str:
     """The headings (##), tables and paragraphs of a table.md; its title is left out."""
     parts, rows = [], []

@@ -14,10 +14,8 @@ Shapes: h w size of LR, H = s h, W = s w size of SR; tiles and corners in LR px.
 LR, and SR have sides that are a fixed multiple k of LR's.
 """
 import collections
-import csv
 import hashlib
 import html
-import io
 import json
 import math
 from collections.abc import Callable
@@ -292,11 +290,7 @@ def write_page(folder: Path, pictures: list[Picture], *, lr_dir: str, variants: 
         means = [[name, *(f"{np.mean([row[axis] for row in scores if row['variant'] == name]):.2f}" for axis in AXES)]
                  for name in (BICUBIC, *variants)]
         parts += [report.table([["mean score", *AXES], *means], variants[-1]), ABOUT_SCORES]
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, list(scores[0]))
-        table.writeheader()
-        table.writerows(scores)
-        run.write_bytes(folder / "scores.csv", text.getvalue().encode())
+        run.write_csv(folder / "scores.csv", scores)
     parts += [figure(record, images) for record, images in shown]
     if skipped:
         parts += ["<h2>Left out</h2>", report.table([["file", "reason"], *(list(line.values()) for line in skipped)])]

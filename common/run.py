@@ -11,10 +11,12 @@ Files appear whole or not at all, and JSON is strict. Random numbers are functio
 process, batch and history, so none is ever saved.
 """
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -159,7 +161,8 @@ def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Pa
     """
     Write manifest.json, the mark of a finished stage, and print results and next command (main rank only).
 
-    started: time.time() at the start of the script. inputs: folders of the earlier stages that were read.
+    started: time.time() at the start of the script. inputs: folders of the earlier stages that were read; one
+    without manifest (a model folder) is not recorded.
     """
     if not dist.is_main():
         return
@@ -255,6 +258,15 @@ def write_json(path: Path, value: object) -> None:
 def write_lines(path: Path, records: list[dict]) -> None:
     """Write one JSON object per line, whole or not at all."""
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def write_csv(path: Path, records: list[dict]) -> None:
+    """Write a table for a spreadsheet, whole or not at all; all records have the keys of the first, which is the head."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_bytes(path, buffer.getvalue().encode())
 
 
 def read_json(path: Path) -> object:

@@ -57,7 +57,6 @@ seed: 0
   groups_per_forward: 3
   sampled_groups: 2
   sampled_replies: 2
-  example_groups: 2
 
 04_train_sr_grpo:
   channels: [32]

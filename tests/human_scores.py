@@ -4,7 +4,7 @@ images, with the values of known metrics, in the PyPI wheel qualisr-lab (BSD-3).
 
 Run     python tests/human_scores.py FOLDER     # fetches 1 MB into FOLDER, once; a few seconds
 
-Pair accuracy and correlations by the functions that stage 03 uses. The method prior knows the mean human score of each
+Pair accuracy and Spearman's correlation by the functions that stage 03 uses. The method prior knows the mean human score of each
 method on these same photographs, and nothing else.
 """
 import csv
@@ -16,9 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import metrics, pair_stats
-from common.groups import Labels
-from common.reward_stats import accuracies
+from common import metrics
 
 WHEEL = "qualisr-lab==0.1.7"
 METRICS = {"psnr_gt": 1, "ssim_gt": 1, "lpips-vgg_gt": -1, "ahiq_gt": 1, "musiq": 1, "qalign": 1}   # 1: high is good
@@ -51,15 +49,13 @@ def read(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def measure(human: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Per metric, and for the method prior: pair accuracy and mean correlations inside a photograph, as in stage 03."""
+    """Per metric, and for the method prior: pair accuracy, and Spearman's correlation inside a photograph, mean, as in 03."""
     scores = scores | {"method_prior": np.tile(human.mean(0), (len(human), 1))}
-    ranks = np.array([metrics.ranks(list(own), 0.0) for own in human], dtype=float)
-    labels = Labels(*(np.repeat(values[..., None], 3, -1) for values in (ranks, human)))      # the same on three axes
+    ranks = np.array([metrics.ranks(list(row), 0.0) for row in human], dtype=float)
     result = {}
-    for name, own in scores.items():
-        found = pair_stats.correlations(np.repeat(own[..., None], 3, -1), labels, 0)
-        accuracy = accuracies({"judge": np.repeat(own[..., None], 3, -1)}, labels.ranks, 0)[0]["judge"]["overall"]
-        result[name] = {"pair_accuracy": accuracy} | {kind: found[kind]["overall"] for kind in found}
+    for name, values in scores.items():
+        _, right, pairs = metrics.pair_accuracy(values, ranks)
+        result[name] = {"pair_accuracy": metrics.rate(right, pairs, 0), "srcc": metrics.mean_srcc(values, ranks)}
     return result
 
 
@@ -67,7 +63,8 @@ def main(folder: Path) -> None:
     fetch(folder)
     rows = measure(*read(folder))
     for name, own in rows.items():
-        print(f"{name:<14}" + "   ".join(f"{kind} {own[kind]['value']:6.3f} {own[kind]['ci95']}" for kind in own))
+        accuracy = own["pair_accuracy"]
+        print(f"{name:<14}pair accuracy {accuracy['value']:6.3f} {accuracy['ci95']}   srcc {own['srcc']:6.3f}")
 
 
 if __name__ == "__main__":

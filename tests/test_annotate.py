@@ -215,7 +215,7 @@ def test_how_often_a_group_was_judged_does_not_change_what_its_candidates_teach(
     scale = np.sort([s for own in (few, many) for s in common_scores(own)])
     for own in (few, many):
         assert digit_targets(own, scale).tolist() == pytest.approx([9, 9 - 8 / 3, 1 + 8 / 3, 1])
-    assert method_prior(groups, groups, arrays)[0, :, 0].tolist() == [-1, -2, -3, -4]
+    assert method_prior(groups, groups)[0, :, 0].tolist() == [-1, -2, -3, -4]
     proxy = {"ranks": [1, 2], "scores": [0.9, 0.2], "source": "proxy", "votes": None}
     assert digit_targets(proxy, np.array([0.2, 0.9])).tolist() == [7, 3]
     assert digit_targets({"ranks": [1, 1, 1]}, scale).tolist() == [5, 5, 5]

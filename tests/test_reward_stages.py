@@ -1,11 +1,10 @@
 """
-Stages 02 and 03 as a user runs them: interrupted, on two processes, with labels missing, and wrongly called.
+Stage 02 as a user runs it: interrupted, on two processes, with labels missing, and wrongly called.
 
 Run     python -m pytest tests/test_reward_stages.py        # 2 min
 """
 
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -17,13 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import calibration, metrics, mllm, reward_report, run, token_tree
+from common import calibration, metrics, mllm, token_tree
 from common.cohorts import scores_of
 from common.config import load_config
-from common.groups import Cohort, group_images, label_arrays, load_cohorts, load_groups
-from common.images import read_image
+from common.groups import Cohort, label_arrays, load_cohorts, load_groups
 from common.metrics import AXES
-from common.replies import sample_replies
 from common.reward_training import optimizers
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage, tree
 
@@ -293,210 +290,6 @@ def make_digits_likely(judge: mllm.Judge, cohort: Cohort) -> None:
     rows = token_tree.collate([row], judge.device)
     hidden = mllm.hidden_states(judge, rows, features)[token_tree.last_tokens(rows, [stems])].mean(0)
     judge.net.lm_head.weight[judge.digit_ids] += 10 * hidden / hidden.square().sum()
-
-
-# 03 --------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def evaluated(toy_run, toy_config, tmp_path_factory) -> Path:
-    """The run folder of toy_run with 03 done by one process."""
-    folder = copy_run(toy_run, tmp_path_factory.mktemp("eval") / "run", "01_build_dataset", "02_train_reward")
-    done = run_stage("03", toy_config, f"run={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def slow_accuracy(lines: list[dict], axis: str) -> float:
-    """Pair accuracy from scores.jsonl, one pair at a time."""
-    right, pairs = 0.0, 0
-    for a in lines:
-        for b in lines:
-            if a["group"] == b["group"] and a["labels"][axis]["rank"] < b["labels"][axis]["rank"]:
-                pairs += 1
-                margin = a["expected"][axis] - b["expected"][axis]
-                right += 0.5 if margin == 0 else float(margin > 0)
-    return right / pairs
-
-
-def test_what_03_leaves_behind(evaluated):
-    folder = evaluated / "03_eval_reward"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    results, lines = json.loads((folder / "results.json").read_text()), rows(folder / "scores.jsonl")
-    assert set(manifest["inputs"]) == {"01_build_dataset", "02_train_reward"}
-    assert {"pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
-            "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95",
-            "srcc", "consistency_accuracy", "naturalness_accuracy", "sampled_accuracy", "parse_rate",
-            "digit_mass", "images_per_second", "probe_rate", "probe_rate_ci95", "accuracy_with_ties", "plcc", "krcc",
-            "held_out_method_accuracy", "within_tier_accuracy", "within_tier_method_prior",
-            "calibration_error_before", "calibration_error", "seconds_per_score_p50",
-            "seconds_per_score_p95", "tokens_per_score_p50", "tokens_per_score_p95", "tokens_per_reply_p50",
-            "tokens_per_reply_p95"} == set(manifest["results"])
-    assert set(results["accuracy"]) == set(reward_report.SCORERS) and results["notes"] == []
-    assert len(lines) == 8 * 4 and sum(line["reply"] is not None for line in lines) == 2 * 4
-    assert manifest["results"]["parse_rate"] > 0 and results["readouts"]["groups"] == 2
-    for axis in AXES:
-        judge, prior = (results["accuracy"][name][axis] for name in ("judge", "method_prior"))
-        assert judge["value"] == pytest.approx(slow_accuracy(lines, axis), abs=1e-4)
-        assert judge["ci95"][0] <= judge["value"] <= judge["ci95"][1]
-        margin = results["judge_minus"]["method_prior"][axis]["value"]
-        assert margin == pytest.approx(judge["value"] - prior["value"], abs=2e-4)
-        gaps = results["judge_by_gap"][axis]
-        assert sum(g["value"] * g["pairs"] for g in gaps) / sum(g["pairs"] for g in gaps) == pytest.approx(
-            judge["value"], abs=1e-3)
-        assert all(a["to"] <= b["from"] for a, b in zip(gaps, gaps[1:])) and len(gaps) == 4
-    told = json.loads((evaluated / "01_build_dataset" / "manifest.json").read_text())["results"]
-    assert told["method_prior"] == {axis: results["accuracy"]["method_prior"][axis]["value"] for axis in AXES}
-    table = (folder / "table.md").read_text()
-    assert all(name in table for name, _ in reward_report.SCORERS.values()) and "proxy" in table
-    for name in ("plot.png", "examples.png", "probes.png"):
-        assert min(read_image(folder / name).shape[:2]) > 300
-    assert results["probes"]["groups"] == 8 and 0 <= results["probes"]["all"]["value"] <= 1
-    maps = json.loads((evaluated / "02_train_reward" / "judge" / "calibration.json").read_text())
-    assert all(maps[axis].items() <= results["calibration"][axis].items() for axis in AXES)
-    assert results["correlation"]["srcc"]["overall"]["value"] == pytest.approx(results["srcc"]["overall"], abs=2e-4)
-    assert [case["kind"] for case in results["cases"]] == ["best", "worst"]
-    page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") == 3 + 2 * (1 + 4) and page.count("What the judge wrote") == 2
-
-
-def test_two_processes_measure_what_one_does(evaluated, toy_config, tmp_path):
-    both = copy_run(evaluated, tmp_path / "both", "01_build_dataset", "02_train_reward")
-    done = run_stage("03", toy_config, f"run={both}", processes=2)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = both / "03_eval_reward", evaluated / "03_eval_reward"
-    assert_close(rows(ours / "scores.jsonl"), rows(theirs / "scores.jsonl"), 1.1e-4)
-    assert_close(*(json.loads((path / "results.json").read_text()) for path in (ours, theirs)), 1.1e-4)
-
-
-def test_every_scorer_is_what_its_name_says(toy_run, toy_config):
-    stage, source = load_stage("03"), toy_run / "01_build_dataset"
-    cfg = load_config(stage.Config, stage.__file__, [str(toy_config)])
-    judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
-    groups, _ = stage.load_labeled(source, "test")
-    others = stage.other_groups(groups, cfg.seed)
-    measured, seconds = stage.measure(cfg, judge, source, before=judge, groups=groups[:2], others=others[:2])
-    assert measured.shape == (2, 4, len(stage.MEASURED), 3) and seconds > 0
-    column = {name: measured[:, :, i] for i, name in enumerate(stage.MEASURED)}
-    read = [group_images(source, group) for group in groups[:2]]
-    lrs, images, hrs = zip(*read)
-    wrong = [group_images(source, group)[0] for group in others[:2]]
-    base = mllm.load_model(toy_run / "02_train_reward" / "cold_start" / "model", CPU, dtype="float32",
-                           lr_view=judge.lr_view, candidate_view=judge.candidate_view)
-    for name, wanted in (("judge", mllm.expected_scores(judge, lrs, images)),
-                         ("lr_shuffled", mllm.expected_scores(judge, wrong, images)),
-                         ("lr_gray", mllm.expected_scores(judge, [0 * lr + 128 for lr in lrs], images)),
-                         ("before_grpo", mllm.expected_scores(base, lrs, images))):
-        torch.testing.assert_close(column[name], wanted.double(), rtol=0, atol=1e-5)
-    settings = {"cold_start_steps": 5, "dtype": "float32"}
-    first = stage.judge_before_grpo(base, toy_run / "02_train_reward", settings)
-    assert first.model is not base.model        # without an adapter the cold start's model is read again
-    assert torch.equal(mllm.expected_scores(first, lrs, images), mllm.expected_scores(base, lrs, images))
-    for g, (lr, own, hr) in enumerate(read):
-        for c, image in enumerate(own):
-            assert column["psnr"][g, c].tolist() == [metrics.psnr(image, hr)] * 3
-            assert column["ssim"][g, c, 1] == metrics.ssim(image, hr)
-            assert column["lr_psnr"][g, c, 2] == metrics.lr_psnr(image, lr, 4)
-    flat, dots = np.full((8, 8, 3), 90, np.uint8), np.zeros((8, 8, 3), np.uint8)
-    dots[::2, ::2] = 255
-    assert stage.pixel_scores(flat, flat[:2, :2], None, scale=4)[3] < 1e-9
-    assert stage.pixel_scores(dots, dots[:2, :2], None, scale=4)[3] > 1e4
-
-
-def test_the_other_lr_is_never_ones_own_and_of_another_photograph_where_possible():
-    stage = load_stage("03")
-    for counts in ((1, 1), (3, 3), (5, 2, 3), (1, 1, 1, 4), (6, 2), (7,)):
-        groups = [{"id": f"{s}{i}", "source": s} for s, n in zip("abcd", counts) for i in range(n)]
-        for seed in range(5):
-            others = stage.other_groups(groups, seed)
-            assert sorted(o["id"] for o in others) == sorted(g["id"] for g in groups)
-            assert all(o["id"] != g["id"] for o, g in zip(others, groups))
-            same = sum(o["source"] == g["source"] for o, g in zip(others, groups))
-            assert same == max(0, 2 * max(counts) - len(groups)) or len(counts) == 1
-        assert others == stage.other_groups(groups, 4)
-
-
-def edit_groups(folder: Path, change) -> None:
-    """Apply change(group) to every line of groups.jsonl."""
-    path = folder / "01_build_dataset" / "groups.jsonl"
-    groups = [json.loads(line) for line in path.read_text().splitlines()]
-    for group in groups:
-        change(group)
-    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
-
-
-def evaluate_again(evaluated: Path, toy_config: Path, target: Path, *, change, overrides: tuple = ()) -> dict:
-    """results.json of 03, in this process, on a copy with edited labels."""
-    folder = copy_run(evaluated, target / "run", "01_build_dataset", "02_train_reward")
-    edit_groups(folder, change)
-    stage = load_stage("03")
-    stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), f"run={folder}", *overrides]))
-    for name in ("table.md", "plot.png", "examples.png", "scores.jsonl", "manifest.json"):
-        assert (folder / "03_eval_reward" / name).stat().st_size > 0
-    return json.loads((folder / "03_eval_reward" / "results.json").read_text())
-
-
-def test_human_ranks_on_one_axis_without_ground_truth(evaluated, toy_config, tmp_path):
-    def change(group: dict) -> None:
-        del group["sha256"][group["hr"]]
-        group["hr"] = None
-        label = group["labels"]["naturalness"]
-        group["labels"] = {"naturalness": {"ranks": label["ranks"], "source": "human", "votes": 5}}
-
-    results = evaluate_again(evaluated, toy_config, tmp_path, change=change, overrides=("sampled_groups=0",))
-    before = json.loads((evaluated / "03_eval_reward" / "results.json").read_text())
-    assert results["accuracy"]["judge"]["naturalness"] == before["accuracy"]["judge"]["naturalness"]
-    assert results["accuracy"]["judge"]["overall"] == {"value": None, "ci95": None}
-    assert not {"psnr", "ssim"} & set(results["accuracy"]) and results["readouts"] is None
-    notes = " ".join(results["notes"])
-    assert "PSNR" in notes and "ground truth" in notes and "no label on overall" in notes
-    assert {row["gap"] for row in results["judge_by_gap"]["naturalness"]} == {"rank"}
-    assert "human" in results["summary"] and "proxy" not in results["summary"]
-
-
-def test_groups_that_lack_an_axis_and_groups_without_any_label(evaluated, toy_config, tmp_path):
-    def change(group: dict) -> None:
-        if group["id"] == "test_00000":
-            del group["labels"]["overall"]
-        if group["id"] == "test_00001":
-            group["labels"] = {}
-
-    results = evaluate_again(evaluated, toy_config, tmp_path, change=change)
-    lines = rows(evaluated / "03_eval_reward" / "scores.jsonl")
-    for axis, without in (("overall", ("test_00000", "test_00001")), ("naturalness", ("test_00001",))):
-        wanted = slow_accuracy([line for line in lines if line["group"] not in without], axis)
-        assert results["accuracy"]["judge"][axis]["value"] == pytest.approx(wanted, abs=1e-4)
-    assert results["notes"] == [] and results["summary"].startswith("7 LR groups")
-
-
-def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run, toy_config):
-    stage, source = load_stage("03"), toy_run / "01_build_dataset"
-    cfg = load_config(stage.Config, stage.__file__, [str(toy_config)])
-    judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), load_groups(source, "test")[0]
-    replies, mass = stage.sample(cfg, judge, source, groups=[group], max_tokens=12)
-    lr, images, _ = group_images(source, group)
-    uniforms = torch.rand(4, 2, 12, generator=run.generator(cfg.seed, "sampled", group["id"]))
-    for c, image in enumerate(images):
-        with torch.no_grad():
-            features, grids = mllm.image_features(judge, [[lr, image]])
-            row = mllm.prompt_row(judge, grids[0], grids[1:])
-            stems = mllm.add_stems(judge, row, [1])
-            rows = token_tree.collate([row], CPU)
-            hidden = mllm.hidden_states(judge, rows, features)[token_tree.last_tokens(rows, [stems])]
-            chances = mllm.policy_logits(judge, hidden).softmax(-1)
-        wanted = [sum(float(own[token]) for token in judge.digit_ids) for own in chances]
-        assert mass[0, c].tolist() == pytest.approx(wanted, abs=1e-4) and max(wanted) < 1
-        alone, = sample_replies(judge, features, grids, uniforms[c:c + 1])
-        assert [[i for i in ids if i >= 0] for ids in replies[0, c].tolist()] == alone
-
-
-def test_read_outs_leave_out_what_did_not_parse():
-    stage, nan = load_stage("03"), math.nan
-    sampled = torch.tensor([[[9, nan], [1, 3], [nan, nan]]]).double()[..., None].repeat(2, 1, 1, 3)
-    expected, ranks = (np.array([row] * 2)[..., None].repeat(3, 2) for row in ([2.0, 1, 5], [1.0, 2, 3]))
-    found = stage.compare_readouts(sampled, expected, ranks, seed=0)
-    assert found["parse_rate"] == 0.5 and found["accuracy"]["sampled"]["overall"]["value"] == 1
-    assert found["accuracy"]["expected"]["overall"]["value"] == 1   # the third, wrong, is left out too
-    assert found["difference"]["overall"] == {"mean": (7 + 1) / 2, "mean_absolute": (7 + 1) / 2}
 
 
 # called wrongly --------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""
+Stage 03: every scorer is what its name says, its numbers are those of plain loops, and the real command leaves them.
+
+Run     python -m pytest tests/test_eval_reward.py      # 1 min, most of it a toy run of 01 and 02
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import metrics, mllm, run, token_tree
+from common.candidates import PROBES
+from common.config import load_config
+from common.groups import group_images, load_groups
+from common.images import read_image
+from common.metrics import AXES
+from common.replies import sample_replies
+from conftest import load_stage, run_stage
+
+CPU = torch.device("cpu")
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """A new run folder with the finished stages 01 and 02 of another."""
+    for stem in ("01_build_dataset", "02_train_reward"):
+        shutil.copytree(source / stem, target / stem)
+    return target
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy_run, toy_config, tmp_path_factory) -> Path:
+    """The run folder of toy_run with 03 done by one process."""
+    folder = copy_run(toy_run, tmp_path_factory.mktemp("eval") / "run")
+    done = run_stage("03", toy_config, f"run={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "03_eval_reward" / "scores.jsonl").read_text().splitlines()]
+
+
+def slow_accuracy(lines: list[dict], axis: str) -> float:
+    """Pair accuracy from scores.jsonl, one pair at a time."""
+    right, pairs = 0.0, 0
+    for a in lines:
+        for b in lines:
+            if a["group"] == b["group"] and a["labels"][axis]["rank"] < b["labels"][axis]["rank"]:
+                pairs += 1
+                margin = a["expected"][axis] - b["expected"][axis]
+                right += 0.5 if margin == 0 else float(margin > 0)
+    return right / pairs
+
+
+# the real command ------------------------------------------------------------------------------------------
+
+def test_what_03_leaves_behind(evaluated):
+    stage, folder = load_stage("03"), evaluated / "03_eval_reward"
+    manifest, results = run.read_json(folder / "manifest.json"), run.read_json(folder / "results.json")
+    assert set(manifest["inputs"]) == {"01_build_dataset", "02_train_reward"}
+    assert set(manifest["results"]) == {
+        "pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
+        "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
+        "consistency_accuracy", "naturalness_accuracy", "sampled_accuracy", "parse_rate", "digit_mass",
+        "images_per_second", "probe_rate", "probe_rate_ci95", "held_out_method_accuracy"}
+    assert set(results["accuracy"]) == set(stage.SCORERS) and results["notes"] == []
+    lines = lines_of(evaluated)
+    assert len(lines) == 8 * 4 and sum(line["reply"] is not None for line in lines) == 2 * 4
+    assert manifest["results"]["parse_rate"] > 0 and results["readouts"]["groups"] == 2
+    for axis in AXES:
+        judge, prior = (results["accuracy"][name][axis] for name in ("judge", "method_prior"))
+        assert judge["value"] == pytest.approx(slow_accuracy(lines, axis), abs=1e-4)
+        assert judge["ci95"][0] <= judge["value"] <= judge["ci95"][1]
+        margin = results["judge_minus"]["method_prior"][axis]["value"]
+        assert margin == pytest.approx(judge["value"] - prior["value"], abs=2e-4)
+    table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
+    assert all(name in table for name, _ in stage.SCORERS.values()) and "proxy" in table
+    assert all(min(read_image(folder / name).shape[:2]) > 300 for name in ("examples.png", "probes.png"))
+    assert page.count("data:image/png") == 2 and '="http' not in page
+
+
+def test_two_processes_measure_what_one_does(evaluated, toy_config, tmp_path):
+    done = run_stage("03", toy_config, f"run={copy_run(evaluated, tmp_path)}", processes=2)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(lines_of(evaluated), lines_of(tmp_path), strict=True):
+        assert one | {"expected": None} == two | {"expected": None}             # replies, too
+        assert one["expected"] == pytest.approx(two["expected"], abs=1.1e-4)
+    one, two = (run.read_json(path / "03_eval_reward" / "results.json") for path in (evaluated, tmp_path))
+    for name in one["accuracy"]:
+        assert one["accuracy"][name]["overall"]["value"] == pytest.approx(two["accuracy"][name]["overall"]["value"])
+    assert one["probes"]["all"]["value"] == pytest.approx(two["probes"]["all"]["value"])
+
+
+def test_labels_of_people_on_some_axes_without_ground_truth_and_a_judge_that_was_not_trained(
+        evaluated, toy_config, tmp_path):
+    folder = copy_run(evaluated, tmp_path / "run")
+    path = folder / "01_build_dataset" / "groups.jsonl"
+    groups = [json.loads(line) for line in path.read_text().splitlines()]
+    for group in groups:
+        del group["sha256"][group["hr"]]
+        group["hr"] = None
+        ranks = group["labels"]["naturalness"]["ranks"]
+        group["labels"] = {} if group["id"] == "test_00001" else {
+            "naturalness": {"ranks": ranks, "source": "human", "votes": 5}}
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    stage = load_stage("03")
+    judge = folder / "02_train_reward" / "cold_start" / "model"
+    stage.main(load_config(stage.Config, stage.__file__, [
+        str(toy_config), f"run={folder}", f"judge={judge}", "sampled_groups=0"]))
+    results = run.read_json(folder / "03_eval_reward" / "results.json")
+    assert results["summary"].startswith("7 LR groups") and "human" in results["summary"]
+    wanted = slow_accuracy(lines_of(folder), "naturalness")
+    assert results["accuracy"]["judge"]["naturalness"]["value"] == pytest.approx(wanted, abs=1e-4)
+    assert results["accuracy"]["judge"]["overall"] == {"value": None, "ci95": None}
+    assert not {"psnr", "ssim", "before_grpo"} & set(results["accuracy"])
+    assert results["readouts"] is None and results["probes"] is None
+    notes = " ".join(results["notes"])
+    assert "lack the ground truth" in notes and "came without stage 02" in notes and "no label on overall" in notes
+
+
+# scorers ---------------------------------------------------------------------------------------------------
+
+def test_every_scorer_is_what_its_name_says(toy_run):
+    stage, source = load_stage("03"), toy_run / "01_build_dataset"
+    judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
+    groups = stage.load_labeled(source, "test")
+    measured, seconds = stage.measure(judge, judge, source, groups, seed=0, batch=3)
+    assert measured.shape == (8, 4, len(stage.MEASURED), 3) and seconds > 0
+    column = {name: measured[:2, :, i] for i, name in enumerate(stage.MEASURED)}
+    lrs, images, hrs = zip(*(group_images(source, group) for group in groups[:2]))
+    wrong = [group_images(source, group)[0] for group in stage.other_groups(groups, 0)[:2]]
+    base = mllm.load_model(toy_run / "02_train_reward" / "cold_start" / "model", CPU, dtype="float32",
+                           lr_view=judge.lr_view, candidate_view=judge.candidate_view)
+    for name, wanted in (("judge", mllm.expected_scores(judge, lrs, images)),
+                         ("lr_shuffled", mllm.expected_scores(judge, wrong, images)),
+                         ("lr_gray", mllm.expected_scores(judge, [0 * lr + 128 for lr in lrs], images)),
+                         ("before_grpo", mllm.expected_scores(base, lrs, images))):
+        torch.testing.assert_close(column[name], wanted.double(), rtol=0, atol=1e-5)
+    first = stage.judge_before_grpo(base, toy_run / "02_train_reward", {"cold_start_steps": 5, "dtype": "float32"})
+    assert first.model is not base.model        # without an adapter the cold start's model is read again
+    for g, (lr, hr) in enumerate(zip(lrs, hrs)):
+        for c, image in enumerate(images[g]):
+            assert column["psnr"][g, c].tolist() == [metrics.psnr(image, hr)] * 3
+            assert column["ssim"][g, c, 1] == metrics.ssim(image, hr)
+            assert column["lr_psnr"][g, c, 2] == metrics.lr_psnr(image, lr, 4)
+    flat, dots = np.full((8, 8, 3), 90, np.uint8), np.zeros((8, 8, 3), np.uint8)
+    dots[::2, ::2] = 255
+    assert stage.pixel_scores(flat, flat[:2, :2], None, scale=4)[3] < 1e-9
+    assert stage.pixel_scores(dots, dots[:2, :2], None, scale=4)[3] > 1e4
+
+
+def test_the_wrong_lr_and_the_foreign_photograph_are_of_another_photograph_where_possible():
+    stage = load_stage("03")
+    for counts in ((1, 1), (3, 3), (5, 2, 3), (1, 1, 1, 4), (6, 2), (7,)):
+        groups = [{"id": f"{s}{i}", "source": s} for s, n in zip("abcd", counts) for i in range(n)]
+        for seed in range(5):
+            others = stage.other_groups(groups, seed)
+            assert sorted(o["id"] for o in others) == sorted(g["id"] for g in groups)
+            assert all(o["id"] != g["id"] for o, g in zip(others, groups))
+            same = sum(o["source"] == g["source"] for o, g in zip(others, groups))
+            assert same == max(0, 2 * max(counts) - len(groups)) or len(counts) == 1
+        assert all(o["id"] != g["id"] for o, g in zip(stage.strangers(groups), groups))
+
+
+def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run):
+    stage, source = load_stage("03"), toy_run / "01_build_dataset"
+    judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), load_groups(source, "test")[0]
+    replies, mass = stage.sample(judge, source, [group], seed=0, count=2, max_tokens=12)
+    lr, images, _ = group_images(source, group)
+    uniforms = torch.rand(4, 2, 12, generator=run.generator(0, "sampled", group["id"]))
+    for c, image in enumerate(images):
+        with torch.no_grad():
+            features, grids = mllm.image_features(judge, [[lr, image]])
+            row = mllm.prompt_row(judge, grids[0], grids[1:])
+            stems = mllm.add_stems(judge, row, [1])
+            rows = token_tree.collate([row], CPU)
+            hidden = mllm.hidden_states(judge, rows, features)[token_tree.last_tokens(rows, [stems])]
+            chances = mllm.policy_logits(judge, hidden).softmax(-1)
+        wanted = [sum(float(chance[token]) for token in judge.digit_ids) for chance in chances]
+        assert mass[0, c].tolist() == pytest.approx(wanted, abs=1e-4) and max(wanted) < 1
+        alone, = sample_replies(judge, features, grids, uniforms[c:c + 1])
+        assert [[i for i in ids if i >= 0] for ids in replies[0, c].tolist()] == alone
+
+
+# statistics ------------------------------------------------------------------------------------------------
+
+def test_read_outs_leave_out_what_did_not_parse():
+    stage, nan = load_stage("03"), np.nan
+    sampled = np.array([[[9, nan], [1, 3], [nan, nan]]] * 2)[..., None].repeat(3, -1)
+    expected, ranks = (np.array([row] * 2)[..., None].repeat(3, 2) for row in ([2.0, 1, 5], [1.0, 2, 3]))
+    found = stage.compare_readouts(sampled, expected, ranks, 0)
+    assert found["parse_rate"] == 0.5 and found["accuracy"]["sampled"]["overall"]["value"] == 1
+    assert found["accuracy"]["expected"]["overall"]["value"] == 1   # the third, wrong, is left out too
+
+
+def test_accuracy_on_methods_that_training_never_showed():
+    groups = [{"candidates": [{"method": name} for name in ("hr", "warp+blur", "new+blur")]}] * 2
+    train = [{"candidates": [{"method": name} for name in ("hr", "warp", "blur+jpeg")]}]
+    scores, ranks = np.array([[9.0, 5, 7]] * 2), np.array([[1.0, 2, 3]] * 2)            # the last pair is wrong
+    found = load_stage("03").accuracy_on_new_methods(groups, train, scores, ranks, 0)
+    assert found == {"pairs": 4, "value": 0.5, "ci95": [0.5, 0.5]}
+
+
+def test_probe_rates_count_ties_as_half():
+    stage, scores = load_stage("03"), np.full((4, 1 + len(PROBES), 3), 5.0)
+    scores[:, 1:] -= 1
+    scores[:2, 1] = 6                                                        # the first probe fools it twice
+    scores[0, 2] = 5                                                         # and the second ties once
+    found = stage.probe_rates(scores, 0)
+    first, second = list(PROBES)[:2]
+    assert found["each"][first]["overall"]["value"] == 0.5 and found["each"][second]["overall"]["value"] == 0.875
+    assert found["all"]["value"] == pytest.approx((6 * 4 - 2.5) / 24, abs=1e-4)
+    assert found["mean_scores"]["hr"] == dict.fromkeys(AXES, 5.0)
