@@ -71,7 +71,6 @@ seed: 0
   lora_rank: 4
   eval_every: 2
   eval_inputs: 3
-  sheet_inputs: 2
   save_every: 1
 
 05_eval_sr:

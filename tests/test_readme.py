@@ -24,7 +24,7 @@ from conftest import ROOT, load_stage, make_images, run_stage
 README = (ROOT / "README.md").read_text()
 FILE = r"[\w./-]+(/|\.(py|yaml|txt|md|jsonl?|png|html|pt|safetensors))"
 SR_TOY = ("channels=32", "denoise_steps=4", "cold_start_steps=2", "cold_start_batch=2", "steps=1", "inputs_per_step=2",
-          "samples_per_input=2", "window_width=2", "lora_rank=2", "eval_every=1", "eval_inputs=2", "sheet_inputs=1")
+          "samples_per_input=2", "window_width=2", "lora_rank=2", "eval_every=1", "eval_inputs=2")
 
 
 def blocks(language: str) -> list[str]:
