@@ -81,7 +81,8 @@ class Config:
     val_fraction: float = 0.05          # part of the photographs, chosen by a hash of seed and name
     test_fraction: float = 0.1          # the same for the test split
     # candidates: one entry each: hr, resample, inconsistent, unnatural (`a|b`: one of them by chance),
-    # folder:NAME=PATH (outputs of any SR program), hf:NAME=MODEL (a published model; see common/sources.py)
+    # folder:NAME=PATH (outputs of any SR program, matched by file name), hf:NAME=MODEL (id or path), perhaps followed
+    # by ?seeds=2&steps=10+20&guidance=1+4 (all combinations, joined by + and not by commas); see common/sources.py
     candidates: list[str] = field(default_factory=lambda: list(sources.BUILT_IN))   # see above
     hf_prompt: str = ""                 # what hf: pipelines with text are told; guidance above 1 needs one
     hf_batch: int = 1                   # LR images at once through an hf: model: memory and speed, and rounding
@@ -106,13 +107,11 @@ class Config:
             f"hr_size {self.hr_size} should be a multiple of scale {self.scale} and at least 4 times as large"
         assert self.degradation in degrade.KINDS, \
             f"degradation should be one of {', '.join(degrade.KINDS)}, got {self.degradation!r}"
-        assert 0 < self.max_source_share <= 1, f"max_source_share should be in (0, 1], got {self.max_source_share}"
-        for key in ("val_fraction", "test_fraction", "tie_margin"):
+        for key in ("max_source_share", "val_fraction", "test_fraction", "tie_margin"):
             assert 0 <= vars(self)[key] <= 1, f"{key} should be in 0..1, got {vars(self)[key]}"
-        for key in ("train_groups", "hf_batch"):
-            assert vars(self)[key] >= 1, f"{key} {vars(self)[key]} is too small"
-        for key in ("val_groups", "test_groups", "annotate_groups", "workers"):
-            assert vars(self)[key] >= 0, f"{key} {vars(self)[key]} is too small"
+        least = {"train_groups": 1, "val_groups": 0, "test_groups": 0, "hf_batch": 1, "annotate_groups": 0}
+        for key, value in (least | {"workers": 0}).items():
+            assert vars(self)[key] >= value, f"{key} should be {value} or more, got {vars(self)[key]}"
         assert self.annotate_splits and set(self.annotate_splits) <= set(SPLITS), \
             f"annotate_splits should be some of {', '.join(SPLITS)}, got {self.annotate_splits}"
         assert self.annotate_show in (2, 4), f"annotate_show should be 2 or 4, got {self.annotate_show}"
@@ -321,7 +320,7 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
 # candidates and labels -----------------------------------------------------------------------------------
 
 def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
-    """What hf: models make of the LR images; every rank calls it and makes its share."""
+    """SR images by hf: models; every rank calls this and makes its share."""
     dist.barrier()                                          # all LR images are there
     names = [group["id"] for group in run.read_json(folder / "progress" / "plan.json")]
     sources.run_models(cfg.sources, folder, names, seed=cfg.seed, prompt=cfg.hf_prompt, batch=cfg.hf_batch,
@@ -387,6 +386,7 @@ def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.n
 # is the set worth training on ----------------------------------------------------------------------------
 
 def evenly_spaced(groups: list[dict], count: int = 8) -> list[dict]:
+    """What the contact sheet shows."""
     return [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, count).astype(int))]
 
 
