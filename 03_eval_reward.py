@@ -8,7 +8,7 @@ PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few group
 that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground truth that was
 tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
 
-With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead (common/ranking.py): no ground truth, no labels.
+With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead (common/ranking.py), without ground truth.
 
 Run     python 03_eval_reward.py configs/demo.yaml
         python 03_eval_reward.py configs/demo.yaml lr_dir=photos/lr sr_dirs=photos/esrgan,ours=photos/v3
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common import dist, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
-from common.config import fail, load_config, read_yaml
+from common.config import fail, load_config
 from common.dist import mine
 from common.groups import group_images, judged_on, label_arrays, leave_out, load_groups, lr_image, method_prior
 from common.images import luma, sheet, write_png
@@ -55,19 +55,19 @@ SCORERS = {
     "ssim": ("SSIM (full-reference)", "ground truth, candidate"),
     "lr_psnr": ("LR-PSNR", "LR, candidate"),
     "sharpness": ("sharpness", "candidate")}
-MEASURED = [name for name in SCORERS if name != "method_prior"]         # they look at images
-RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")      # of which the margin is reported
+MEASURED = [name for name in SCORERS if name != "method_prior"]     # they look at images
+RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
 OVERALL = AXES.index("overall")
-SHOWN = ("overall", "consistency", "naturalness")                       # order of the axes in tables
-EXAMPLES = 5                                                            # rows of examples.png and of probes.png
-MAX_REPLY_TOKENS = 64                                                   # for a judge that came without stage 02
+SHOWN = AXES[::-1]                      # order of the axes in tables
+EXAMPLES = 5                            # rows of examples.png and of probes.png
+MAX_REPLY_TOKENS = 64                   # for a judge that came without stage 02
 
 
 @dataclass
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # 02_train_reward of another run, or a model's folder or hub id; none: this run's
+    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: <run>/02_train_reward
     groups_per_forward: int = 16        # LR groups per forward pass and GPU: memory only
     sampled_groups: int = 12            # groups, spread over the split, with sampled replies, too; 0: none
     sampled_replies: int = 4            # replies per candidate there; the sampled score is their mean
@@ -88,12 +88,6 @@ class Config:
 
 
 # what is evaluated -----------------------------------------------------------------------------------------
-
-def settings_of(stage: Path) -> dict:
-    """The settings that a finished stage recorded; {} for a model folder, which has none."""
-    path = stage / "config.yaml"
-    return {key: value for _, key, value in read_yaml(str(path), "02_train_reward")} if path.exists() else {}
-
 
 def load_labeled(folder: Path, split: str) -> list[dict]:
     """The groups of a split that have labels; all with the same number of candidates C."""
@@ -123,13 +117,13 @@ def spread(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
-def judge_before_grpo(judge: Judge, trained: Path, settings: dict) -> Judge | None:
+def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge | None:
     """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
     if isinstance(judge.model, PeftModel):
         return judge
     if not settings:
         return None
-    source = trained / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
+    source = judged_by / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
     views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
     return replace(judge, model=mllm.load_model(source, judge.device, dtype=settings["dtype"], **views).model)
 
@@ -183,7 +177,8 @@ def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: 
     A reply's randomness depends on (seed, group, candidate, number) alone.
     """
     candidates = len(groups[0]["candidates"])
-    replies, masses = [torch.zeros(0, candidates, count, max_tokens, dtype=torch.int64)], [torch.zeros(0, candidates, 3)]
+    replies = [torch.zeros(0, candidates, count, max_tokens, dtype=torch.int64)]
+    masses = [torch.zeros(0, candidates, len(AXES))]
     digits = judge.digit_ids.expand(candidates * len(AXES), -1)
     for group in tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main()):
         lr, images, _ = group_images(source, group)
@@ -235,8 +230,8 @@ def probe_rates(scores: np.ndarray, seed: int) -> dict:
     """
     How often HR is scored above its probes (ties count half), from scores [G, 1 + probes, 3].
 
-    `each`: probe -> axis -> rate; `all`: over all probes, of the overall score. A probe need not show on an axis that it
-    does not hurt.
+    `each`: probe -> axis -> rate; `all`: over all probes, of the overall score. A probe need not show on an axis that
+    it does not hurt.
     """
     above = (1 + np.sign(scores[:, :1] - scores[:, 1:])) / 2                                 # [G, probes, 3]
     ones, means = np.ones(len(scores)), scores.mean(0).round(4).tolist()
@@ -270,11 +265,10 @@ def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarra
 
     A candidate none of whose replies parses has no sampled score: its pairs are left out for both read-outs.
     """
-    known = ~np.isnan(sampled)
-    mean = np.where(known.any(2), np.where(known, sampled, 0).sum(2) / known.sum(2).clip(1), np.nan)        # [g, C, 3]
+    mean = torch.from_numpy(sampled).nanmean(2).numpy()                                                     # [g, C, 3]
     accuracy, _ = accuracies({"sampled": mean, "expected": expected}, np.where(np.isnan(mean), np.nan, ranks), seed)
     return {"groups": len(mean), "replies_per_candidate": sampled.shape[2],
-            "parse_rate": round(float(known[..., 0].mean()), 4), "accuracy": accuracy}
+            "parse_rate": round(1 - float(np.isnan(sampled[..., 0]).mean()), 4), "accuracy": accuracy}
 
 
 def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.ndarray, ranks: np.ndarray,
@@ -290,7 +284,8 @@ def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.nd
     return {"pairs": int(pairs.sum()), **metrics.rate(right, pairs, seed)}
 
 
-def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int) -> dict:
+def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray,
+             seed: int) -> dict:
     """results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score."""
     sources = sorted({group["source"] for group in groups})
     kinds = sorted({label["source"] for group in groups for label in group["labels"].values()})
@@ -384,7 +379,7 @@ def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.nda
         rows.append([lr, *(framed(images[c], (worst - ranks[g, c, a]) / (worst - 1)) for c in order)])
         below.append([groups[g]["id"], *(f"{scores[g, c, a]:.2f}, rank {ranks[g, c, a]:g}: "
                                          f"{groups[g]['candidates'][c]['method']}"[:30] for c in order)])
-    return sheet(rows, ["LR", *(f"{AXES[a]}: {place + 1}" for place in range(ranks.shape[1]))], below=below)
+    return sheet(rows, ["LR", *(f"{AXES[a]}: place {place + 1}" for place in range(ranks.shape[1]))], below=below)
 
 
 def probe_sheet(source: Path, groups: list[dict], scores: np.ndarray, seed: int) -> np.ndarray:
@@ -404,8 +399,9 @@ def page(results: dict, pictures: dict[str, np.ndarray]) -> bytes:
                                           "tampered images scored below the ground truth"),
                "rank correlation": (results["srcc"]["overall"], "Spearman's, mean over groups")}
     return report.page("The reward model on unseen photographs", [
-        "<p>How far can the reward model be trusted? It was asked about photographs that it never saw in training. Pair "
-        "accuracy: how often it orders two candidates of one low-resolution image as the labels do; 0.5 is chance.</p>",
+        "<p>How far can the reward model be trusted? It was asked about photographs that it never saw in training. "
+        "Pair accuracy: how often it orders two candidates of one low-resolution image as the labels do; 0.5 is "
+        "chance.</p>",
         report.cards([(name, "-" if value is None else f"{value:.3f}", note)
                       for name, (value, note) in numbers.items()]),
         *(f'<h2>{html.escape(title)}</h2><div class="plot">{report.png_tag(image, title)}</div>'
@@ -427,36 +423,35 @@ def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[str, list[li
 
 def rank_folders(cfg: Config) -> None:
     """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
-    started, device, trained = time.time(), dist.init(), Path(cfg.judge or run.require(cfg.run, "02_train_reward"))
-    source = (trained.parent if cfg.judge else Path(cfg.run)) / "01_build_dataset"      # what the judge learned from
+    started, device = time.time(), dist.init()
+    judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
+    trained_in = judged_by.parent if cfg.judge else Path(cfg.run)       # the run whose images the judge learned from
+    source, tested = trained_in / "01_build_dataset", trained_in / "03_eval_reward" / "manifest.json"
     learned = judged_on(source) if (source / "groups.jsonl").exists() else None
     if not (cfg.crop or learned):
         fail(f"{source} is missing, so the size of the images that the judge learned on is unknown: set crop=, in px")
     named = ranking.method_folders(cfg.sr_dirs)
     scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
-    folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/{Path(__file__).stem}_{name}"))
-    scenes, unusable = ranking.survey(scenes, skip_bad=cfg.skip_bad)
+    folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/03_eval_reward_{name}"))
+    scenes, unusable = ranking.survey(scenes, list(named), skip_bad=cfg.skip_bad)
     left_out, methods, side = left_out + unusable, [*named, ranking.BICUBIC], cfg.crop or learned["hr_size"]
-    for method in named:
-        if not any(method in scene.outputs for scene in scenes):
-            fail(f"sr_dirs: nothing of {method} is left to judge; {left_out[0]['file']}: {left_out[0]['reason']}")
     dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(left_out)} files left out")
 
     measured = dist.gather_rows(ranking.score_all(
-        mllm.load_judge(trained, device), scenes, methods, side=side, limit=cfg.crops_per_image,
+        mllm.load_judge(judged_by, device), scenes, methods, side=side, limit=cfg.crops_per_image,
         batch=cfg.groups_per_forward)).numpy().round(4)
-    rows, tested = ranking.rank_methods(measured[..., :3], methods, cfg.seed), source.parent / Path(__file__).stem
-    notes = [f"judged in crops of {side} x {side} px, at most {cfg.crops_per_image} per image; a score is their mean"]
-    notes += [f"the judge learned in crops of {learned['hr_size']} px at scale {learned['scale']}"] * bool(learned)
+    rows = ranking.rank_methods(measured[..., :3], methods, cfg.seed)
     if dist.is_main():
-        record = tested / "manifest.json"
+        notes = [f"judged in crops of {side} x {side} px, at most {cfg.crops_per_image} per image; a score is the mean"]
+        if learned:
+            notes.append(f"the judge learned in crops of {learned['hr_size']} px at scale {learned['scale']}")
         ranking.write(folder, scenes, measured, methods, side=side, results={
             "summary": f"{len(scenes)} LR images of {cfg.lr_dir}, outputs of {', '.join(named)}",
             "ranking": rows, "lr_images": len(scenes), "notes": notes, "left_out": left_out,
-            "judge_accuracy": run.read_json(record)["results"]["pair_accuracy"] if record.exists() else None})
+            "judge_accuracy": run.read_json(tested)["results"]["pair_accuracy"] if tested.exists() else None})
         print(f"open {folder / 'report.html'} in a browser")
-    run.write_manifest(folder, script=__file__, started=started, inputs=[trained], results={
+    run.write_manifest(folder, script=__file__, started=started, inputs=[judged_by], results={
         "ranking": [row["method"] for row in rows], "overall": [row["overall"]["value"] for row in rows],
         "lr_images": len(scenes), "files_left_out": len(left_out)})
     dist.finish()
@@ -470,17 +465,18 @@ def main(cfg: Config) -> None:
         return rank_folders(cfg)
     started, device = time.time(), dist.init()
     folder = run.open_stage(cfg, __file__, free=("groups_per_forward",))
-    source, trained = run.require(cfg.run, "01_build_dataset"), Path(cfg.judge or run.require(cfg.run, "02_train_reward"))
-    settings = settings_of(trained)
+    source = run.require(cfg.run, "01_build_dataset")
+    judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
+    settings = run.settings_of(judged_by, "02_train_reward")
     groups = load_labeled(source, "test")
     with_hr = [group for group in groups if group["hr"]]
     chosen = spread(len(groups), cfg.sampled_groups)
-    judge = mllm.load_judge(trained, device)
+    judge = mllm.load_judge(judged_by, device)
     dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
                 f"{cfg.sampled_replies} sampled replies per candidate")
 
     # 1. every rank scores its share of the groups; the slowest rank's time counts
-    measured, seconds = measure(judge, judge_before_grpo(judge, trained, settings), source, groups, seed=cfg.seed,
+    measured, seconds = measure(judge, judge_before_grpo(judge, judged_by, settings), source, groups, seed=cfg.seed,
                                 batch=cfg.groups_per_forward)
     measured = dist.gather_rows(measured).numpy().round(4)              # as in scores.jsonl: noise decides nothing
     seconds = float(dist.gather_rows(torch.tensor([seconds])).max())
@@ -520,7 +516,7 @@ def main(cfg: Config) -> None:
         run.write_json(folder / "results.json", results)
         run.write_bytes(folder / "table.md", table(results).encode())
         run.write_bytes(folder / "report.html", page(results, pictures))
-        run.write_manifest(folder, script=__file__, started=started, inputs=[source, trained],
+        run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by],
                            results=headline(results, ranks[..., 0].size / seconds))
     dist.finish()
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import degrade, dist, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy
-from common.config import fail, load_config, read_yaml
+from common.config import fail, load_config
 from common.groups import image_batch, judged_on, load_groups, require_one_size
 from common.images import find, listed, read_image, sheet, to_pixels, write_png
 from common.sr_policy import Policy
@@ -105,11 +105,6 @@ def policy_folders(cfg: Config) -> dict[str, Path]:
              "policy (it has no sampler.json)")
     run.require(stage.parent, stage.name)
     return {"base": stage / "cold_start", "tuned": stage / "policy"}
-
-
-def settings_of(stage: Path) -> dict:
-    """The settings that a finished stage recorded."""
-    return {key: value for _, key, value in read_yaml(str(stage / "config.yaml"), stage.name)}
 
 
 def load_pyiqa(names: list[str], device: torch.device) -> dict[str, torch.nn.Module]:
@@ -376,7 +371,7 @@ def main(cfg: Config) -> None:
         fail(f"{source}: {len(groups)} test images have HR, too few to compare on: give stage 01 more test_groups, or "
              "this stage fewer processes")
     require_one_size(source, groups)
-    sources, made_with = sorted({group["source"] for group in groups}), settings_of(source)
+    sources, made_with = sorted({group["source"] for group in groups}), run.settings_of(source, "01_build_dataset")
     dist.print0(f"{len(groups)} test images of {len(sources)} photographs, {cfg.seeds_per_image} seeds each")
     judge, models = mllm.load_judge(judged_by, device), load_pyiqa(cfg.pyiqa_metrics, device)
     policies = {name: sr_pipelines.load_policy(path, device) for name, path in folders.items()}
@@ -387,7 +382,8 @@ def main(cfg: Config) -> None:
     pictures = folder / "images"
     pictures.mkdir(exist_ok=True)
     values, wins, seconds = measure_all(cfg, policies, judge, dist.mine(groups), source=source,
-                                        rewarded=settings_of(tuned_by), models=models, pictures=pictures)
+                                        rewarded=run.settings_of(tuned_by, "04_train_sr_grpo"),
+                                        models=models, pictures=pictures)
     values, wins, seconds = dist.gather_rows(values), dist.gather_rows(wins), dist.all_sum(seconds)
 
     # 3. results

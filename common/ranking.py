@@ -1,5 +1,5 @@
 """
-SR methods on a user's folder, ranked by the judge: no ground truth, no labels. The door behind lr_dir and sr_dirs of 03.
+SR methods on a user's folder, ranked by the judge without ground truth: what lr_dir and sr_dirs of 03 open.
 
 An output belongs to the LR image of the same name (its path below the folder, without suffix). An image larger than
 those the judge learned on is cut into crops of that size, at the same place in LR and in every output; its score is the
@@ -96,10 +96,12 @@ def match(lr_dir: str, methods: dict[str, Path], *, skip_bad: bool) -> tuple[lis
     return scenes, left_out
 
 
-def survey(scenes: list[Scene], *, skip_bad: bool) -> tuple[list[Scene], list[dict]]:
+def survey(scenes: list[Scene], methods: list[str], *, skip_bad: bool) -> tuple[list[Scene], list[dict]]:
     """
-    The scenes with what can be read and fits, and {file, reason} of the rest. Unreadable files are left out; an output
-    of a wrong size stops the run unless skip_bad. Every rank looks at every file and finds the same.
+    The scenes with what can be read and fits, and {file, reason} of the rest; every rank looks at every file.
+
+    Unreadable files are left out; an output of a wrong size stops the run unless skip_bad. So does a method of which
+    nothing is left.
     """
     good, unreadable, wrong = [], [], []
     for scene in tqdm(scenes, desc="look at the images", unit="image", disable=not dist.is_main()):
@@ -121,9 +123,13 @@ def survey(scenes: list[Scene], *, skip_bad: bool) -> tuple[list[Scene], list[di
                               f"{w}x{h} px, or not the size of the other outputs"})
         good += [Scene(scene.name, scene.lr, outputs)] if outputs else []
     if wrong and not skip_bad:
-        fail(f"{wrong[0]['file']}: {wrong[0]['reason']} (files of a wrong size: {len(wrong)}): run the SR program again "
-             "on these LR images, or set skip_bad=true")
-    return good, unreadable + wrong
+        fail(f"{wrong[0]['file']}: {wrong[0]['reason']} (files of a wrong size: {len(wrong)}): run the SR program "
+             "again on these LR images, or set skip_bad=true")
+    left_out = unreadable + wrong
+    for method in methods:
+        if not any(method in scene.outputs for scene in good):
+            fail(f"sr_dirs: nothing of {method} is left to judge; {left_out[0]['file']}: {left_out[0]['reason']}")
+    return good, left_out
 
 
 # scores ----------------------------------------------------------------------------------------------------
@@ -196,7 +202,8 @@ def view(lr: np.ndarray, outputs: dict[str, np.ndarray], corner: list[int], side
             **{method: cut(image, at, size, scale) for method, image in outputs.items()}}
 
 
-def examples(scenes: list[Scene], measured: np.ndarray, methods: list[str], ranking: list[str], side: int) -> list[tuple]:
+def examples(scenes: list[Scene], measured: np.ndarray, methods: list[str], ranking: list[str],
+             side: int) -> list[tuple]:
     """
     (method, best or worst, name, views, method -> score) of the images with the highest and the lowest overall score of
     each method, around the crop that scored highest or lowest; measured: [N, M, 8] of score_all.
@@ -225,17 +232,17 @@ def page(results: dict, shown: list[tuple]) -> bytes:
                             "of pairs ordered rightly in its own test")])]
     rival, (_, _, name, views, _) = BICUBIC if best["method"] != BICUBIC else last["method"], shown[0]
     if rival in views:
-        parts.append(f"<figure>{report.compare(views[rival], views[best['method']], (rival, best['method']))}<figcaption>"
-                     f"Drag: {html.escape(rival)} on the left, {html.escape(best['method'])} on the right; image "
-                     f"{html.escape(name)}.</figcaption></figure>")
+        slider = report.compare(views[rival], views[best["method"]], (rival, best["method"]))
+        parts.append(f"<figure>{slider}<figcaption>Drag: {html.escape(rival)} on the left, "
+                     f"{html.escape(best['method'])} on the right; image {html.escape(name)}.</figcaption></figure>")
     rows = [[row["method"], *(report.interval(row[axis]) for axis in AXES[::-1]),
              "-" if row["win_rate"] is None else f"{row['win_rate']:.3f}",
              "-" if row is best else report.interval(row["behind_best"]), str(row["images"])]
             for row in results["ranking"]]
     head = ["method", *AXES[::-1], "win rate", "behind the best", "images"]
     parts += ["<h2>Ranking</h2>", report.table([head, *rows], best["method"]), READING,
-              "<h2>Best and worst of each method</h2><p>The images with its highest and lowest overall score, around the "
-              "crop that scored highest or lowest. Below: scores of whole images.</p>"]
+              "<h2>Best and worst of each method</h2><p>The images with its highest and lowest overall score, around "
+              "the crop that scored highest or lowest. Below: scores of whole images.</p>"]
     for method, kind, name, views, scores in shown:
         below = {key: f"{value:.2f}" for key, value in scores.items()}
         parts.append(f"<figure>{report.row(views, below)}<figcaption><b>{kind} of {html.escape(method)}</b>: "
@@ -247,7 +254,8 @@ def page(results: dict, shown: list[tuple]) -> bytes:
     return report.page("Super-resolution methods, ranked", parts).encode()
 
 
-def write(folder: Path, scenes: list[Scene], measured: np.ndarray, methods: list[str], *, side: int, results: dict) -> None:
+def write(folder: Path, scenes: list[Scene], measured: np.ndarray, methods: list[str], *, side: int,
+          results: dict) -> None:
     """report.html, scores.csv and results.json of a ranking; measured: [N, M, 8] of score_all."""
     shown = examples(scenes, measured, methods, [row["method"] for row in results["ranking"]], side)
     run.write_csv(folder / "scores.csv", [

@@ -157,6 +157,12 @@ def require(run_dir: str | Path, stem: str) -> Path:
     return folder
 
 
+def settings_of(folder: Path, stem: str) -> dict:
+    """Return the settings that stage `stem` recorded in its folder; {} if there are none, as beside a bare model."""
+    record = folder / "config.yaml"
+    return {key: value for _, key, value in read_yaml(record, stem)} if record.exists() else {}
+
+
 def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Path], results: dict) -> None:
     """
     Write manifest.json, the mark of a finished stage, and print results and next command (main rank only).
@@ -261,7 +267,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
-    """Write a table for a spreadsheet, whole or not at all; all records have the keys of the first, which is the head."""
+    """Write a table for a spreadsheet, whole or not at all; its head are the keys, alike in all records."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
     writer.writeheader()
