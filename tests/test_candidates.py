@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common import candidates, metrics
-from common.images import to_float
+from common.images import to_float, to_uint8
 from test_sources import textured
 
 
@@ -25,16 +25,23 @@ def test_stronger_inconsistency_is_less_consistent(monkeypatch, method):
 
 
 @pytest.mark.parametrize("method", candidates.UNNATURAL)
-def test_stronger_fault_is_less_natural_and_stays_consistent(monkeypatch, method):
-    monkeypatch.setattr(candidates, "UNNATURAL", (method,))
-    hr = to_float(textured(1, 64, 64))
-    rng = np.random.default_rng
-    faulty = [candidates.add_fault(hr, strength, rng(3))[0] for strength in (0.0, 0.5, 1.0)]
-    scores = [metrics.proxy_naturalness(image, hr) for image in faulty]
+def test_stronger_fault_is_less_natural(method):
+    hr, rng = to_float(textured(1, 64, 64)), np.random.default_rng
+    kinds = (*candidates.UNNATURAL, "grain")
+    seed = next(seed for seed in range(999) if rng(seed).choice(kinds) == method)
+    faulty = [candidates.add_fault(hr, strength, rng(seed)) for strength in (0.0, 0.5, 1.0)]
+    assert {record["method"] for _, record in faulty} == {method}
+    scores = [metrics.proxy_naturalness(image, hr) for image, _ in faulty]
     assert 1 > scores[0] > scores[1] > scores[2]
-    image, record = candidates.unnatural(hr, 4, rng(3))
-    assert record["method"] == method and 0 <= record["strength"] <= 1
-    assert metrics.rmse(metrics.down(image, 4), metrics.down(hr, 4)) < 0.05
+
+
+def test_what_a_fault_changes_at_lr_size_is_put_back(monkeypatch):
+    natural = 0.3 + 0.4 * to_float(textured(1, 64, 64))
+    coarse = np.kron(np.random.default_rng(0).choice([-0.2, 0.2], (4, 4, 3)), np.ones((16, 16, 1)))
+    monkeypatch.setattr(candidates, "add_fault", lambda image, *_: (image + coarse, {}))
+    image, _ = candidates.unnatural(natural, 4, np.random.default_rng(3))
+    assert metrics.rmse(metrics.down(natural + coarse, 4), metrics.down(natural, 4)) == pytest.approx(0.2)
+    assert metrics.rmse(metrics.down(image, 4), metrics.down(natural, 4)) < 0.06
 
 
 def test_kernels_and_masks():
@@ -43,3 +50,16 @@ def test_kernels_and_masks():
         assert abs(weights.sum() - 1) < 1e-12 and np.allclose(weights, weights[::-1, ::-1])
     mask = candidates.soft_mask((64, 64), 0.3, np.random.default_rng(0))
     assert mask.shape == (64, 64, 1) and abs(mask.mean() - 0.3) < 0.03
+
+
+def test_probes_hurt_the_axis_that_they_name():
+    hr, other = textured(1, 64, 64), textured(2, 48, 64)                         # another size is resized
+    lr = to_uint8(metrics.down(hr, 4))
+    images = candidates.tamper(hr, lr, other, np.random.default_rng(0))
+    for (axis, _), image in zip(candidates.PROBES.values(), images, strict=True):
+        scores = dict(zip(("overall", "consistency", "naturalness"), metrics.held_out(image, lr, hr)))
+        assert image.dtype == np.uint8 and image.shape == hr.shape and scores[axis] < 0.8
+    swapped, color = images[list(candidates.PROBES).index("swapped")], images[list(candidates.PROBES).index("color")]
+    changed = (swapped != hr).any(2)
+    assert changed[16:48, 16:48].mean() > 0.9 and changed.mean() < 0.26
+    assert np.array_equal(color[..., 1], hr[..., 1]) and color[..., 0].mean() > hr[..., 0].mean()
