@@ -294,13 +294,10 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
     parts += [
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
         "LR-PSNR and the held-out judge not to fall, the KL to the policy before GRPO to stay small.</p>",
-        report.curves(tuned_by / "metrics.jsonl", {
-            "val_reward": "validation reward", "val_lr_psnr": "validation LR-PSNR, dB",
-            "val_heldout": "validation, held-out judge", "ref_kl": "KL to the policy before"}),
+        report.curves(tuned_by / "metrics.jsonl", ("val_reward", "val_lr_psnr", "val_heldout", "ref_kl")),
         "<h2>How the reward model was trained (stage 02)</h2><p>Pair accuracy: how often it orders two candidates of "
         "one LR image as the labels do; 0.5 is chance.</p>",
-        report.curves(judged_by / "metrics.jsonl", {
-            "val_pair_accuracy": "validation pair accuracy", "reward_mean": "mean GRPO reward"}),
+        report.curves(judged_by / "metrics.jsonl", ("val_pair_accuracy", "reward_mean")),
         "<h2>What this does not show</h2><p>The labels are a proxy computed from the ground truth, not people's votes. "
         "The intervals are over test images; these come from few photographs, so they say how sure the result is for "
         "such photographs, not for all.</p>"]

@@ -41,8 +41,9 @@ from common.config import STAGES, config_text, fail, read_yaml
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "numpy", "pillow", "scikit-image", "safetensors")
 AGAIN = "the same command goes on from the last checkpoint; what was finished is kept"
-NO_MEMORY = re.compile("out of memory|allocate")                # as numpy, torch and the system say it
-NO_ROOM = re.compile("No space left|quota exceeded|too large|Read-only file|denied|not permitted|PytorchStreamWriter|unexpected pos")
+NO_MEMORY = re.compile("out of memory|allocate memory")                 # as torch and the system say it
+NO_ROOM = re.compile("No space left|quota exceeded|File too large|Read-only file|Permission denied|not permitted|"
+                     "PytorchStreamWriter|unexpected pos")              # the last two: torch.save on a full disk
 
 
 # stages --------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def explained() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(stopped("Ctrl-C", 128 + signal.SIGINT)) from None
     except (OSError, MemoryError, RuntimeError, safetensors.SafetensorError) as error:
-        text = str(error)[:400]
+        text = str(error)[:400]                         # what the system and libraries say, whatever its type
         if isinstance(error, MemoryError) or NO_MEMORY.search(text):
             fail(f"out of memory ({text}): lower what --help marks as `memory`; {AGAIN}")
         if NO_ROOM.search(text):
@@ -91,7 +92,7 @@ def open_stage(settings, script: str, folder: Path | None = None, *, free: tuple
     folder = folder or Path(settings.run) / stem
     record, finished = folder / "config.yaml", (folder / "manifest.json").exists()
     begun = record.exists() and any(path.name not in ("config.yaml", ".lock") for path in folder.iterdir())
-    changed = changed_settings(record, settings, stem, free) if begun else []
+    changed = changed_settings(folder, settings, stem, free) if begun else []
     dist.barrier()                                      # every rank has looked before the main rank writes
     if changed:
         fail(f"{folder} has other settings: {', '.join(changed)}; use another {another}= or delete the folder")
@@ -122,9 +123,9 @@ def lock(folder: Path) -> None:
         fail(f"{folder}: another process is at work there (`fuser {folder}/.lock` names it): wait for it or end it")
 
 
-def changed_settings(record: Path, settings, stem: str, free: tuple[str, ...]) -> list[str]:
-    """Return `key: old -> new` for every setting but `run` and `free` that differs from the config.yaml `record`."""
-    old = {key: value for _, key, value in read_yaml(record, stem)}
+def changed_settings(folder: Path, settings, stem: str, free: tuple[str, ...]) -> list[str]:
+    """Return `key: old -> new` for every setting but `run` and `free` that differs from those recorded in the folder."""
+    old = settings_of(folder, stem)
     new = dataclasses.asdict(settings)
     return [f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}" for key in old | new
             if key not in ("run", *free) and old.get(key, "(none)") != new.get(key, "(none)")]
