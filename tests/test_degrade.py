@@ -123,15 +123,6 @@ def test_the_end_is_a_resize_often_a_sinc_filter_and_jpeg_before_or_after(drawn)
     assert abs(np.mean(jpeg_last) - 0.5) < 0.04
 
 
-def test_kernels_sum_to_one_and_are_symmetric():
-    for seed in range(100):
-        step = degrade.blur_step(np.random.default_rng(seed), 3.0)
-        weights = degrade.kernel(step)
-        assert weights.shape == (step["size"], step["size"])
-        assert abs(weights.sum() - 1) < 1e-9 and np.allclose(weights, weights[::-1, ::-1])
-        assert step["shape"] == "sinc" or weights.min() >= 0
-
-
 def test_kernel_shapes():
     narrow = {"op": "blur", "shape": "iso", "size": 21, "sigma_x": 2.0, "sigma_y": 2.0, "angle": 0.0, "beta": 1.0}
     x = np.arange(-10, 11)
@@ -152,23 +143,15 @@ def test_kernel_shapes():
 
 
 def test_blur_of_constant_and_impulse():
-    weights = degrade.kernel(degrade.blur_step(np.random.default_rng(5), 2.0))
-    assert np.allclose(degrade.blur(CONSTANT, weights), 0.5, atol=1e-6)      # also at the border
-    impulse = np.zeros((41, 41, 3), np.float32)
-    impulse[20, 20] = 1
-    half = weights.shape[0] // 2
-    answer = degrade.blur(impulse, weights)[20 - half:21 + half, 20 - half:21 + half]
-    assert np.allclose(answer, weights[..., None], atol=1e-6)
-
-
-def test_resizing_keeps_a_constant_and_averages():
-    for mode in ("area", "bilinear", "bicubic"):
-        image = degrade.apply(np.full((32, 32, 3), 77, np.uint8), {"kind": "", "scale": 4, "steps": [
-            {"op": "resize", "part": 0.3, "mode": mode}, {"op": "resize", "part": 0.25, "mode": mode}]})
-        assert image.shape == (8, 8, 3) and (image == 77).all()
-    small = degrade.apply(IMAGE, {"kind": "", "scale": 4, "steps": [{"op": "resize", "part": 0.25, "mode": "area"}]})
-    blocks = IMAGE.reshape(12, 4, 16, 4, 3).mean(axis=(1, 3))
-    assert np.abs(small - blocks).max() <= 0.51                              # rounded
+    for seed in range(20):
+        weights = degrade.kernel(degrade.blur_step(np.random.default_rng(seed), 2.0))
+        assert np.allclose(weights, weights[::-1, ::-1])
+        assert np.allclose(degrade.blur(CONSTANT, weights), 0.5, atol=1e-6)      # also at the border
+        impulse = np.zeros((41, 41, 3), np.float32)
+        impulse[20, 20] = 1
+        half = weights.shape[0] // 2
+        answer = degrade.blur(impulse, weights)[20 - half:21 + half, 20 - half:21 + half]
+        assert np.allclose(answer, weights[..., None], atol=1e-6)
 
 
 def test_gaussian_noise():
@@ -192,8 +175,7 @@ def test_poisson_noise_has_the_variance_of_its_levels_and_the_asked_scale():
     assert np.ptp(gray, axis=2).max() < 1e-6 < np.ptp(whole, axis=2).max()
 
 
-def test_jpeg():
-    assert np.allclose(degrade.jpeg(CONSTANT, 50), 0.5, atol=1.5 / 255)
+def test_lower_jpeg_quality_is_a_larger_error():
     image = IMAGE.astype(np.float32) / 255
     errors = [np.abs(degrade.jpeg(image, quality) - image).mean() for quality in (95, 60, 20)]
     assert errors[0] < errors[1] < errors[2]
