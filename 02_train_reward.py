@@ -2,46 +2,46 @@
 Train the LR-conditioned reward model: supervised cold start, then GRPO on rankings inside each LR group.
 
 A multimodal LLM sees the LR image and one SR candidate, reasons, and scores consistency, naturalness and overall. The
-cold start teaches the answer form and a first idea of the scores. GRPO then lets the model write two kinds of replies
-for every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis (the read-out that
+cold start teaches the answer form and a first idea of the scores. For GRPO the model then writes two kinds of replies
+to every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis (the read-out that
 later stages use). A reply is rewarded for ordering its candidate rightly among the *other candidates of the same LR*.
-With algorithm=sft_rank a supervised baseline takes GRPO's place: same groups, steps, validation and outputs.
 
 What is left out of GRPO here: a second model as the reference (with LoRA it is the same network, adapter off) and a
-value network. A cohort never leaves its rank, so its statistics do not depend on the number of GPUs.
+value network. The candidates of an LR image never leave their rank, so nothing depends on the number of GPUs.
 
 Run     python 02_train_reward.py configs/demo.yaml
-        python 02_train_reward.py configs/demo.yaml run=runs/sft algorithm=sft_rank
-        python 02_train_reward.py configs/full.yaml merge=true          # of a finished run: one model, no adapter
+        python 02_train_reward.py configs/demo.yaml run=runs/sft cold_start_steps=670 rank_weight=1 steps=0   # no GRPO
         torchrun --standalone --nproc_per_node=8 02_train_reward.py configs/full.yaml
 Reads   <run>/01_build_dataset/   groups.jsonl and its images
-Writes  <run>/02_train_reward/    cold_start/ (model before GRPO)  judge/ (best weights, calibration, card; merged/)
-                                  metrics.jsonl  samples.jsonl (sampled replies)  checkpoints/  best.safetensors
-                                  curves.png  manifest.json
+Writes  <run>/02_train_reward/    cold_start/ (model before GRPO)  judge/ (best weights)  metrics.jsonl  curves.png
+                                  samples.jsonl (sampled replies)  checkpoints/  best.safetensors  manifest.json
 Expect  on the demo see the results table in README.md
+
+Shapes: a cohort is one LR image with its C candidates; N = sum of C over some cohorts, one prompt for each (LR,
+candidate); K replies of at most T tokens; V vocabulary. Tensors [N * 3, ..] go prompt by prompt, axes as in AXES.
 """
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from common import calibration, checkpoints, dist, mllm, model_card, report, run, sharding
-from common.cohorts import evaluate, scores_of
+from common import dist, grpo, metrics, mllm, report, run
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import Cohort, check_methods, label_arrays, load_cohorts, load_groups, pick, require_enough
+from common.groups import Cohort, check_methods, load_cohorts, pick, require_enough
+from common.metrics import AXES
 from common.mllm import Judge
-from common.replies import sample_answers
-from common.reward_grpo import advantages, learn, score
-from common.reward_summary import parse_rate, summary
+from common.replies import (Images, answer_logp, encode, encode_images, forward, look_at, sample_replies, token_logp,
+                            write_answers)
 from common.small_mllm import build_small
-from common.supervised import sft_rank_step, supervised_step
-from common.reward_training import (average, copy_of, count_bad, drop_nonfinite, holding, load_weights, optimizers, resume,
-                             save_best, save_checkpoint, trainable, update)
+from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, resume,
+                             save_checkpoint, set_lr, swapped, trainable, update)
 
 
 @dataclass
@@ -50,30 +50,31 @@ class Config:
     seed: int = 0
     # model -----------------------------------------------------------------------------------------------------
     model: str = "small"                # "small": as below; else a dense Qwen2.5-VL or Qwen3-VL, hub id or folder
-    vision_width: int = 96              # small model only, like the next five
+    vision_width: int = 96              # small model only, like the next four
     vision_depth: int = 2               # layers of the vision tower
     width: int = 128                    # of the language model
     depth: int = 3                      # its layers
     heads: int = 4                      # of both
-    patch: int = 8                      # px; the language model sees one token per 2 x 2 patches
     dtype: str = "float32"              # of the weights: float32 or bfloat16; log-probabilities are float32
     max_pixels: int = 4096              # larger images are shrunk to this before the model sees them
     lr_view: str = "resized"            # "resized": LR bicubic to the candidate's size; "native": as it is
     candidate_view: str = "clip"        # "image": as it is; "clip": two frames, resized LR then candidate
+    lora_rank: int = 16                 # on the language model; 0: train all weights, reference a frozen copy
+    # data ------------------------------------------------------------------------------------------------------
+    held_out_methods: list[str] = field(default_factory=list)   # candidates of these methods are no part of training
+                                        # (of "warp+blur" one part is enough): 03 tests whether it knows better anyway
+    looks: int = 48                     # ways to show the training images: 1 as they are, 8 with flips and quarter
+                                        # turns, 48 also with the color channels in another order
     # cold start ------------------------------------------------------------------------------------------------
     cold_start_steps: int = 600         # 0 skips it: only for a model that already answers in the asked form
     cold_start_groups: int = 10         # LR groups per step, over all GPUs: changes the result
     cold_start_lr: float = 1e-3         # AdamW
     cold_start_muon_lr: float = 0.02    # small model only: Muon, for the weight matrices between the embeddings
-    cold_start_final_lr: float = 0.3    # of the peak, at the last step; GRPO brings it down to 0.05 of its own peak
     cold_start_replies: int = 1         # full replies per group and step; the direct answers are always trained
-    label_sigma: float = 0.6            # digits; width of the soft label around the target score
+    rank_weight: float = 0.0            # weight of a third loss, on the order of expected scores; 1: a baseline without
+                                        # GRPO, as DeQA-Score (arXiv 2501.11561) trains
     # GRPO ------------------------------------------------------------------------------------------------------
-    held_out_methods: list[str] = field(default_factory=list)   # candidates of these methods are no part of training
-                                        # (of "warp+blur" one part is enough): 03 tests whether it knows better anyway
-    algorithm: str = "grpo"             # "grpo"; "sft_rank": supervised baseline, soft labels and a rank loss
-    rank_weight: float = 1.0            # sft_rank only: weight of the rank loss beside the soft labels
-    steps: int = 100                    # updates of the weights by GRPO or sft_rank
+    steps: int = 100                    # rollouts, each with updates_per_rollout updates; 0: cold start alone
     groups_per_step: int = 10           # LR groups (G), over all GPUs: changes the result
     reasoned_groups: int = 2            # this many of them get replies with reasoning, which are slow to write
     replies: int = 4                    # replies with reasoning per (LR, candidate), K: changes the result
@@ -81,38 +82,18 @@ class Config:
     max_reply_tokens: int = 40          # longer replies are cut and then do not parse
     lr: float = 5e-4                    # AdamW
     muon_lr: float = 0.005              # small model without LoRA only: Muon, for the weight matrices
-    lora_rank: int = 16                 # on the language model; 0: train all weights, reference a frozen copy
     updates_per_rollout: int = 1        # 1: the ratio is exactly 1 and the clip never acts
     clip_low: float = 0.2               # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28             # and up to 1 + clip_high
     kl_weight: float = 0.01             # KL to the model before GRPO, per token
-    ranking: str = "thurstone"          # reward: "thurstone", "margin" (score gaps as labeled), "pairwise" (counts)
-    score_std_floor: float = 0.25       # thurstone: digits; keeps identical replies from making the reward a step
-    margin_width: float = 1.0           # margin: digits; an error of the gap by this earns exp(-1/2)
     format_weight: float = 0.2          # reward of a reply that parses, beside the mean ranking reward (0..1)
-    overlong_weight: float = 0.0        # taken off the reward of a reply of max_reply_tokens; 0: no such penalty
-    overlong_tokens: int = 16           # it grows linearly over this many last tokens
-    axis_credit: bool = False           # a score's token in a reasoned reply is paid by its own axis, not by the mean
-    advantage_std: str = "group"        # rewards less their prompt's mean are divided by the std of their "group" (the
-                                        # prompt), of the whole "batch", or by 1 ("none": Dr. GRPO)
-    reward_std_floor: float = 0.3       # or, if larger than that std, by this
-    min_reward_std: float = 0.0         # prompts whose rewards spread less are dropped with their KL; 0: none
-    loss_mean: str = "tokens"           # over all "tokens" (DAPO); over "replies" of their mean (GRPO); "constant":
-                                        # over replies * max_reply_tokens (Dr. GRPO)
-    direct_weight: float = 1.0          # weight of the direct replies' loss beside the reasoned replies' loss
     # both ------------------------------------------------------------------------------------------------------
-    looks: int = 48                     # ways to show the training images: 1 as they are, 8 with flips and quarter
-                                        # turns, 48 also with the color channels in another order
-    warmup_steps: int = 10              # until the learning rate is reached
-    weight_decay: float = 0.05          # of AdamW and Muon
-    grad_norm: float = 1.0              # gradients are clipped to this norm
+    warmup_steps: int = 10              # until the learning rate is reached; from there a cosine
     ema: float = 0.95                   # decay per step of the averaged weights, which are validated and kept
     groups_per_forward: int = 5         # memory only
     gradient_checkpointing: bool = False    # memory only: activations are computed again, not kept
     eval_every: int = 25                # steps; validation, and a candidate for the best weights
     save_every: int = 50                # steps; checkpoint to resume from
-    fsdp: bool = False                  # memory only: lora_rank=0 under torchrun: model, reference, AdamW in shards
-    merge: bool = False                 # LoRA: also write judge/merged/, one model without adapter; at any time later
 
     def __post_init__(self):
         assert self.replies >= 2, f"replies={self.replies}: a group needs at least 2 replies to compare"
@@ -121,21 +102,19 @@ class Config:
             assert vars(self)[name] >= 1, f"{name}={vars(self)[name]}: should be at least 1"
         assert 1 <= self.reasoned_groups <= self.groups_per_step, "reasoned_groups must be in 1..groups_per_step"
         assert self.width % self.heads == 0 and self.vision_width % self.heads == 0, "heads must divide both widths"
-        for name, known in (("algorithm", ("grpo", "sft_rank")), ("ranking", ("thurstone", "margin", "pairwise")),
-                            ("advantage_std", ("group", "batch", "none")), ("dtype", ("float32", "bfloat16")),
-                            ("loss_mean", ("tokens", "replies", "constant"))):
-            assert vars(self)[name] in known, f"{name} must be one of {', '.join(known)}, not {vars(self)[name]}"
-        assert not self.overlong_weight or 1 <= self.overlong_tokens <= self.max_reply_tokens, \
-            f"overlong_tokens={self.overlong_tokens} must be in 1..max_reply_tokens"
-        assert self.margin_width > 0, f"margin_width={self.margin_width}: it is a width, so more than 0"
+        assert self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype}"
         assert self.looks in (1, 8, 48), f"looks={self.looks}: should be 1, 8 or 48"
         assert self.lora_rank or self.dtype == "float32", \
             f"lora_rank=0 trains all weights: dtype={self.dtype} would round its updates away; set dtype=float32"
-        assert not (self.fsdp and self.lora_rank), "fsdp is for training all weights: set lora_rank=0 or fsdp=false"
-        assert not (self.fsdp and self.model == "small" and self.cold_start_muon_lr + self.muon_lr), \
-            "fsdp trains with AdamW alone: set cold_start_muon_lr=0 muon_lr=0"
-        assert self.lora_rank or not self.merge, "merge: without LoRA (lora_rank=0) judge/model is one model already"
         assert self.cold_start_steps or self.model != "small", "the small model needs cold_start_steps"
+
+
+LABEL_SIGMA = 0.6                       # digits; width of the soft label around the target score
+REPLY_WEIGHT = 0.3                      # of the composed replies beside the soft labels
+COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of the cold start and of GRPO
+SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
+REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
+WEIGHT_DECAY, GRAD_NORM = 0.05, 1.0     # of AdamW and Muon; gradients are clipped to this norm
 
 
 # model ---------------------------------------------------------------------------------------------------------
@@ -145,7 +124,7 @@ def load_base(cfg: Config, source: str | Path, device: torch.device) -> Judge:
     judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view)
     if cfg.max_pixels < judge.processor.size["shortest_edge"]:
         fail(f"max_pixels={cfg.max_pixels}: {source} enlarges images to {judge.processor.size['shortest_edge']} "
-                 "pixels; give at least that")
+             "pixels; give at least that")
     judge.processor.size["longest_edge"] = cfg.max_pixels
     return judge
 
@@ -157,8 +136,8 @@ def add_lora(model: torch.nn.Module, cfg: Config) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=linears))
 
 
-def trainable_judge(cfg: Config, judge: Judge, *, lora: bool) -> Judge:
-    """The same, with an adapter or all its weights to train."""
+def prepare(cfg: Config, judge: Judge, *, lora: bool) -> Judge:
+    """The same judge, with an adapter or all its weights to train."""
     if lora:
         judge.model = add_lora(judge.model, cfg)
     else:
@@ -168,210 +147,456 @@ def trainable_judge(cfg: Config, judge: Judge, *, lora: bool) -> Judge:
     return judge
 
 
+def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge:
+    """The model at the start of the cold start: the small one with all weights trainable, or a real one with LoRA."""
+    if cfg.model != "small":
+        return prepare(cfg, load_base(cfg, cfg.model, device), lora=cfg.lora_rank > 0)
+    small = build_small(
+        [[cohort.lr, *cohort.images] for cohort in train[:200]], device, seed=cfg.seed, width=cfg.width,
+        depth=cfg.depth, heads=cfg.heads, vision_width=cfg.vision_width, vision_depth=cfg.vision_depth,
+        max_pixels=cfg.max_pixels, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view)
+    return prepare(cfg, small, lora=False)
+
+
+def make_optimizers(weights: Weights, lr: float, muon_lr: float = 0) -> dict[str, torch.optim.Optimizer]:
+    """AdamW; with muon_lr, Muon (torch's) for the matrices and AdamW for embeddings, head, filters, norms, biases."""
+    matrices = {name: p for name, p in weights.items()
+                if muon_lr and p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name}
+    rest = [p for name, p in weights.items() if name not in matrices]
+    optimizers = {"adamw": torch.optim.AdamW(rest, lr=lr, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))}
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(matrices.values(), lr=muon_lr, weight_decay=WEIGHT_DECAY)
+    return optimizers
+
+
+def with_averaged(weights: Weights, averaged: Weights) -> Weights:
+    """The tensors of a checkpoint."""
+    return weights | {f"averaged.{name}": tensor for name, tensor in averaged.items()}
+
+
+def average_step(cfg: Config, averaged: Weights, weights: Weights, step: int) -> None:
+    """The decay rises to cfg.ema, so that the start is soon forgotten."""
+    average(averaged, weights, min(cfg.ema, (step + 1) / (step + 10)))
+
+
+def why_skipped(row: dict) -> str:
+    """What to say of a step whose update was skipped; nothing of any other."""
+    if not row["skipped_updates"]:
+        return ""
+    return f"{row['nonfinite_losses']:.0f} losses are not finite, grad_norm {row['grad_norm']:.3g}"
+
+
 # cold start ----------------------------------------------------------------------------------------------------
 
+def lesson(judge: Judge, cfg: Config, cohort: Cohort, step: int) -> tuple[int, list[list[list[int]]]]:
+    """What a step teaches of a cohort: how it is shown (replies.turned), and 0 or 1 reply per candidate, token ids."""
+    rng, count = run.np_rng(cfg.seed, "cold start", step, cohort.id), len(cohort.images)
+    look, replies = int(rng.integers(cfg.looks)), [[] for _ in range(count)]
+    for c in rng.choice(count, min(cfg.cold_start_replies, count), replace=False):
+        replies[c].append(judge.encode(mllm.compose_reply(cohort.targets[c], cohort.methods[c])))
+    return look, replies
+
+
+def supervised_losses(judge: Judge, cfg: Config, cohorts: list[Cohort], looks: list[int], replies: list) -> Tensor:
+    """
+    Summed losses [3]: soft labels on the digits behind the stems, next tokens of the replies, order of the candidates.
+
+    One row per LR: its candidates, their stems and replies share the prefix.
+    """
+    features, grids = encode_images(judge, cohorts, looks)
+    behind_stems, hidden, token = forward(judge, features, grids, replies)
+    logits = mllm.policy_logits(judge, behind_stems)                                         # [N * 3, V]
+    targets = torch.tensor(np.concatenate([c.targets.reshape(-1) for c in cohorts]), device=judge.device)
+    known = ~targets.isnan()
+    digits = torch.arange(1, 10, device=judge.device)
+    soft = (-((digits - targets[known, None]) / LABEL_SIGMA) ** 2 / 2).softmax(-1).float()   # [known, 9]
+    direct = -(soft * log_softmax(logits[known], -1)[:, judge.digit_ids]).sum()
+    written = -token_logp(judge, hidden, token[:, None]).sum()
+    order = direct.new_zeros(())
+    if cfg.rank_weight:
+        expected = logits[:, judge.digit_ids].softmax(-1) @ digits.float()                   # [N * 3]
+        for cohort, scores in zip(cohorts, expected.split([c.ranks.size for c in cohorts])):
+            ranks = torch.tensor(cohort.ranks.T, dtype=torch.float32, device=judge.device)   # [3, C]
+            order = order + fidelity_loss(scores.view(-1, 3).T, ranks)
+    return torch.stack([direct, written, order])
+
+
+def fidelity_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """
+    Summed loss over the pairs of candidates with labels; scores and ranks [.., C], rank 1 is best.
+
+    1 - sqrt(p g) - sqrt((1 - p)(1 - g)) with p = Phi((s_i - s_z) / sqrt(2)): the reward of grpo.thurstone with one
+    score for each candidate, whose std is taken as 1. Source: DeQA-Score, arXiv 2501.11561; each pair counts once.
+    """
+    i, z = torch.triu_indices(scores.shape[-1], scores.shape[-1], 1, device=scores.device)
+    g = grpo.above(ranks)[..., i, z]                                                         # [.., pairs]
+    known = ~g.isnan()
+    p, g = torch.special.ndtr((scores[..., i] - scores[..., z]) / 2 ** 0.5)[known], g[known]
+    return (1 - (p * g + 1e-8).sqrt() - ((1 - p) * (1 - g) + 1e-8).sqrt()).sum()             # 1e-8: finite slope at 0
+
+
+def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[Cohort], step: int) -> dict:
+    """One update on this rank's cohorts, perhaps none; returns losses over all ranks and the like as a row of metrics."""
+    judge.model.train()
+    lessons, counts = [lesson(judge, cfg, cohort, step) for cohort in cohorts], torch.zeros(3)
+    for cohort, (_, replies) in zip(cohorts, lessons):
+        ranked = (~np.isnan(cohort.ranks)).sum(0)                                            # [3] of C
+        counts += torch.tensor([(~np.isnan(cohort.targets)).sum(), sum(len(ids) for texts in replies for ids in texts),
+                                (ranked * (ranked - 1) // 2).sum()])
+    counts = dist.all_sum(counts).clamp(min=1)                                               # terms of the three losses
+    weights, sums, bad = torch.tensor([1, REPLY_WEIGHT, cfg.rank_weight]) / counts, torch.zeros(3), 0
+    for at in range(0, len(cohorts), cfg.groups_per_forward):
+        part = slice(at, at + cfg.groups_per_forward)
+        looks, replies = zip(*lessons[part])
+        losses = supervised_losses(judge, cfg, cohorts[part], looks, replies)                # [3]
+        (losses * weights.to(losses)).sum().backward()
+        sums += losses.detach().cpu()
+        bad += int(not losses.isfinite().all())
+    set_lr(optimizers, min(1, (step + 1) / cfg.warmup_steps) * cosine(step / cfg.cold_start_steps, COLD_START_FINAL_LR))
+    norm, skipped = update(trainable(judge.model), optimizers, GRAD_NORM, bad=bad)
+    *sums, bad = dist.all_sum(torch.tensor([*sums, bad]))
+    row = dict(phase="cold_start", loss_direct=sums[0] / counts[0], loss_reply=sums[1] / counts[1], grad_norm=norm,
+               lr=optimizers["adamw"].param_groups[0]["lr"], nonfinite_losses=bad, skipped_updates=skipped)
+    return row | ({"loss_rank": sums[2] / counts[2]} if cfg.rank_weight else {})
+
+
 def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val: list[Cohort]) -> None:
-    """Supervised fine-tuning; writes cold_start/model and, last, cold_start/done.json."""
-    cold = folder / "cold_start"
-    if cfg.fsdp:
-        sharding.shard(judge)
-    chosen = optimizers(judge, cfg.cold_start_lr, cfg.weight_decay,
-                        muon_lr=cfg.cold_start_muon_lr if cfg.model == "small" else None)
-    averaged = copy_of(judge)
-    first, state = resume(judge, averaged, chosen, cold)
-    run.trim_metrics(folder, first)
+    """Supervised fine-tuning; writes <folder>/model and, last, done.json."""
+    weights = trainable(judge.model)
+    averaged = copied(weights)
+    optimizers = make_optimizers(weights, cfg.cold_start_lr, cfg.cold_start_muon_lr if cfg.model == "small" else 0)
+    first, state = resume(folder, with_averaged(weights, averaged), optimizers)
+    run.trim_metrics(folder.parent, first)
     bad = state.get("bad", 0)
     bar = tqdm(range(first, cfg.cold_start_steps), initial=first, total=cfg.cold_start_steps, desc="cold start",
                disable=not dist.is_main())
     for step in bar:
         cohorts = mine(pick(train, cfg.seed, "cold start", step, cfg.cold_start_groups))
-        row = supervised_step(judge, cfg, chosen, cohorts, phase="cold start", step=step, steps=cfg.cold_start_steps,
-                              final_lr=cfg.cold_start_final_lr)
-        average(averaged, judge, decay=cfg.ema, step=step)
-        bad = count_bad(bad, row, cold, step)
-        row = {"phase": "cold_start"} | {key: value for key, value in row.items() if key != "loss_rank"}
+        row = supervised_step(judge, cfg, optimizers, cohorts, step)
+        average_step(cfg, averaged, weights, step)
+        bad = count_bad_steps(bad, why_skipped(row), folder=folder, step=step)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.cold_start_steps:
-            with holding(judge, averaged):
-                row |= evaluate(judge, val, cfg.groups_per_forward)
+            with swapped(weights, averaged):
+                row |= evaluate(judge, cfg, val)
             bar.set_postfix(loss=f"{row['loss_direct']:.3f}", val=f"{row['val_pair_accuracy']:.3f}")
-        report.log(folder, step, row)
+        report.log(folder.parent, step, row)
         if (step + 1) % cfg.save_every == 0:
-            save_checkpoint(judge, averaged, chosen, cold, step=step + 1, state={"bad": bad})
-    load_weights(judge, averaged)
-    weights = sharding.whole(trainable(judge), main_only=True)
-    if dist.is_main():
-        if cfg.fsdp:                                            # transformers cannot save from shards
-            load_weights(judge := first_judge(cfg, train, torch.device("cpu")), weights)
-        judge.model = judge.model.merge_and_unload() if isinstance(judge.model, PeftModel) else judge.model
-        mllm.save_model(judge, cold / "model")
-        run.write_json(cold / "done.json", {"steps": cfg.cold_start_steps})
-    dist.barrier()
+            save_checkpoint(folder, step + 1, weights=with_averaged(weights, averaged), optimizers=optimizers,
+                            state={"bad": bad})
+    with swapped(weights, averaged):
+        if dist.is_main():
+            judge.model = judge.model.merge_and_unload() if isinstance(judge.model, PeftModel) else judge.model
+            mllm.save_model(judge, folder / "model")
+            run.write_json(folder / "done.json", {"steps": cfg.cold_start_steps})
+        dist.barrier()
 
 
 # GRPO ----------------------------------------------------------------------------------------------------------
 
-def grpo_step(judge: Judge, reference: Judge, cfg: Config, chosen: dict, train: list[Cohort], step: int) -> tuple:
+@dataclass
+class Rollout:                          # what the model wrote about a few cohorts
+    cohorts: list[Cohort]
+    images: list[Images]                # as they were shown
+    digits: Tensor                      # [N * 3, K_direct] token ids written behind the stems
+    replies: list[list[list[list[int]]]]    # cohorts x C x K token ids; K is 0 where only digits were asked for
+
+
+@torch.no_grad()
+def sample(judge: Judge, cfg: Config, cohorts: list[Cohort], step: int, reasoned: set[str]) -> list[Rollout]:
+    """
+    Let the model answer, to a few cohorts at once; first those with reasoning (their ids), whose rows are long.
+
+    The randomness of an answer depends on (seed, step, LR, candidate, number) alone.
+    """
+    judge.model.eval()                                                     # rollout and loss must agree: no dropout
+    rollouts, n_digits = [], 3 * cfg.direct_replies
+    for k in (cfg.replies, 0):
+        chosen = [cohort for cohort in cohorts if (cohort.id in reasoned) == (k > 0)]
+        for at in range(0, len(chosen), cfg.groups_per_forward):
+            part = chosen[at:at + cfg.groups_per_forward]
+            looks = [int(run.np_rng(cfg.seed, "look", step, cohort.id).integers(cfg.looks)) for cohort in part]
+            images = [look_at(judge, cohort, look) for cohort, look in zip(part, looks)]
+            uniforms = torch.stack([
+                torch.rand(n_digits + cfg.replies * cfg.max_reply_tokens,
+                           generator=run.generator(cfg.seed, "answer", step, cohort.id, c))
+                for cohort in part for c in range(len(cohort.images))])                         # [N, ..]
+            digits, replies = write_answers(
+                judge, *encode(judge, images), [len(cohort.images) for cohort in part],
+                digits=uniforms[:, :n_digits].reshape(-1, cfg.direct_replies),
+                uniforms=uniforms[:, n_digits:].unflatten(1, (cfg.replies, -1))[:, :k])
+            rollouts.append(Rollout(part, images, digits, replies))
+    return rollouts
+
+
+def scores_written(judge: Judge, replies: list[list[list[int]]]) -> Tensor:
+    """The scores [3, C, K] in replies [C][K], token ids; NaN where a reply does not parse."""
+    texts = [[mllm.reply_text(judge, ids) for ids in of_candidate] for of_candidate in replies]
+    parsed = [[mllm.parse_reply(text) or dict.fromkeys(AXES, torch.nan) for text in row] for row in texts]
+    return torch.tensor([[[float(scores[axis]) for scores in row] for row in parsed] for axis in AXES])
+
+
+def score(judge: Judge, cfg: Config, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """
+    Rewards of the replies [N, K] and of the digits [N * 3, K_direct]; NaN for digits of an axis without labels.
+
+    What does not parse is left out of all ranking statistics; its reward is 0, below that of any reply that parses.
+    """
+    is_digit = rollout.digits[..., None].cpu() == judge.digit_ids.cpu()                         # [N * 3, K_direct, 9]
+    digits = torch.where(is_digit.any(-1), is_digit.float() @ torch.arange(1.0, 10.0), torch.nan)
+    reply_rewards, digit_rewards = [], []
+    for cohort, replies, direct in zip(rollout.cohorts, rollout.replies,
+                                       digits.split([3 * len(cohort.images) for cohort in rollout.cohorts])):
+        ranks = torch.tensor(cohort.ranks.T, dtype=torch.float32)                               # [3, C]
+        ranking = grpo.thurstone(direct.unflatten(0, (-1, 3)).transpose(0, 1), ranks, SCORE_STD_FLOOR)
+        ranking = torch.where(ranks[..., None].isnan(), torch.nan, ranking.nan_to_num(0.0))     # [3, C, K_direct]
+        digit_rewards.append(ranking.transpose(0, 1).flatten(0, 1))
+        written = scores_written(judge, replies)                                                # [3, C, K]
+        ranking = grpo.thurstone(written, ranks, SCORE_STD_FLOOR).nanmean(0).nan_to_num(0.5)    # [C, K]
+        reply_rewards.append(torch.where(written[0].isnan(), 0.0, ranking + cfg.format_weight))
+    return torch.cat(reply_rewards), torch.cat(digit_rewards)
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """Of rewards [prompts, K], each row a group; what has no reward has no advantage and is not trained on: NaN."""
+    return grpo.group_advantages(rewards, std_floor=REWARD_STD_FLOOR).masked_fill(rewards.isnan(), torch.nan)
+
+
+def logp_of(judge: Judge, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the replies [N * K, T], their mask, and those of the digits [N * 3, K_direct]."""
+    return answer_logp(judge, *encode(judge, rollout.images), rollout.replies, rollout.digits)
+
+
+def learn(judge: Judge, cfg: Config, rollouts: list[Rollout], gains: list, *, reference: list,
+          sampler: list | None) -> tuple[dict[str, float], list]:
+    """
+    Backward pass of the GRPO loss over all answers of the step: token mean of the replies plus that of the digits.
+
+    gains, reference, sampler: per rollout (replies, digits); advantages [N, K] and [N * 3, K_direct], and
+    log-probabilities under the two models. sampler None: the model has not changed since it sampled.
+    Returns this rank's share of the stats (sums over ranks are means over the step, ratio_max aside), and the
+    log-probabilities under the model as it is now.
+    """
+    judge.model.train(judge.net.is_activation_checkpointing)    # in training mode only where transformers demands it
+    n_tokens = sum(len(ids) for rollout in rollouts for cohort in rollout.replies for row in cohort for ids in row)
+    n_digits = sum(int((~digits.isnan()).sum()) for _, digits in gains)
+    n_tokens, n_digits = dist.all_sum(torch.tensor([n_tokens, n_digits], dtype=torch.float32)).clamp(min=1).tolist()
+    limits = dict(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_weight=cfg.kl_weight)
+    stats = {prefix + name: 0.0 for prefix in ("", "digit_") for name in MEANS} | {"nonfinite_losses": 0.0,
+                                                                                   "ratio_max": 1.0}
+    now = []
+    for i, rollout in enumerate(rollouts):
+        logp, mask, digit_logp = logp_of(judge, rollout)
+        now.append((logp.detach(), digit_logp.detach()))
+        old_logp, old_digit_logp = (sampler or now)[i]
+        ref_logp, ref_digit_logp = reference[i]
+        gain, digit_gain = (each.to(judge.device) for each in gains[i])
+        digit_mask = ~digit_gain.isnan()
+        loss, of_digits = grpo.grpo_loss(digit_logp, old_digit_logp, digit_gain, mask=digit_mask,
+                                         ref_logp=ref_digit_logp, denominator=n_digits, **limits)
+        add_stats(stats, "digit_", of_digits, int(digit_mask.sum()), n_digits)
+        if len(logp):
+            reply_loss, of_replies = grpo.grpo_loss(logp, old_logp, gain.flatten(), mask=mask, ref_logp=ref_logp,
+                                                    denominator=n_tokens, **limits)
+            add_stats(stats, "", of_replies, int(mask.sum()), n_tokens)
+            loss = reply_loss + loss
+        stats["nonfinite_losses"] += float(not loss.isfinite())
+        loss.backward()
+    return stats, now
+
+
+MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")
+
+
+def add_stats(stats: dict[str, float], prefix: str, part: dict[str, Tensor], count: int, total: float) -> None:
+    """Add the means of grpo_loss over `count` of `total` actions of the step."""
+    for name in MEANS:
+        stats[prefix + name] += float(part[name]) * count / total
+    stats["ratio_max"] = max(stats["ratio_max"], float(part["ratio_max"]))
+
+
+def summary(judge: Judge, cfg: Config, rollouts: list[Rollout], rewards: list[tuple[Tensor, Tensor]]) -> dict:
+    """Means and shares over a step's answers on all ranks; each rank has its share of them, perhaps none."""
+    replies = torch.cat([torch.zeros(0), *(own.flatten() for own, _ in rewards)])
+    digits = torch.cat([torch.zeros(0, cfg.direct_replies), *(own for _, own in rewards)])
+    spread = digits.std(1, correction=0)                                   # NaN without a label
+    unparsed = sum(int(scores_written(judge, of_cohort)[0].isnan().sum())
+                   for rollout in rollouts for of_cohort in rollout.replies)
+    no_digit = sum(int((~torch.isin(rollout.digits, judge.digit_ids)).sum()) for rollout in rollouts)
+    sums = torch.tensor([replies.nansum(), replies.square().nansum(), digits.nansum(), (spread < 1e-4).sum(), unparsed,
+                         no_digit], dtype=torch.float64)
+    counts = torch.tensor([len(replies), (~digits.isnan()).sum(), (~spread.isnan()).sum(), digits.numel()])
+    total, squares, digit_total, zero, unparsed, no_digit = dist.all_sum(sums).tolist()
+    n, n_labeled, n_groups, n_digits = dist.all_sum(counts).clamp(min=1).tolist()
+    return dict(reward_mean=total / n, reward_std=max(squares / n - (total / n) ** 2, 0) ** 0.5,
+                digit_reward_mean=digit_total / n_labeled, zero_std_groups=zero / n_groups,
+                judge_parse_failures=unparsed / n, digit_parse_failures=no_digit / n_digits)
+
+
+def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, train: list[Cohort],
+              step: int) -> tuple[dict, list[dict]]:
     """One GRPO step; returns a row of metrics and a few sampled replies."""
     clock = [time.time()]
-    everyone = pick(train, cfg.seed, "grpo", step, cfg.groups_per_step)
-    reasoned = {c.id for c in everyone[::cfg.groups_per_step // cfg.reasoned_groups][:cfg.reasoned_groups]}
+    cohorts = pick(train, cfg.seed, "grpo", step, cfg.groups_per_step)
+    reasoned = {c.id for c in cohorts[::cfg.groups_per_step // cfg.reasoned_groups][:cfg.reasoned_groups]}
     # 1. sample
-    judge.model.eval()                                                     # rollout and loss must agree: no dropout
-    with sharding.gathered(judge):
-        answers = sample_answers(judge, cfg, mine(everyone), step, reasoned)
+    rollouts = sample(judge, cfg, mine(cohorts), step, reasoned)
     clock.append(time.time())
     # 2. score
-    for item in answers:
-        score(judge, cfg, item)
-    bad_rewards = sum(map(drop_nonfinite, answers))
+    rewards = [score(judge, cfg, rollout) for rollout in rollouts]
     clock.append(time.time())
     # 3. advantages
-    advantages(judge, cfg, answers)
-    # 4. update
-    old, skipped, bad_losses = {}, 0, 0.0
+    gains = [(advantages(replies), advantages(digits)) for replies, digits in rewards]
+    # 4. learn
+    with torch.no_grad(), mllm.adapter_off(reference):
+        of_reference = [logp_of(reference, rollout)[::2] for rollout in rollouts]
+    of_sampler, skipped, bad = None, 0, 0.0
+    set_lr(optimizers, min(1, (step + 1) / cfg.warmup_steps) * cosine(step / cfg.steps, FINAL_LR))
     for _ in range(cfg.updates_per_rollout):
-        stats = learn(judge, reference, cfg, answers, old)
-        bad_losses += stats.pop("nonfinite_losses")
-        norm, skip = update(judge, chosen, cfg.grad_norm, bad=bad_rewards + bad_losses, progress=step / cfg.steps,
-                            warmup=(step + 1) / cfg.warmup_steps, final_lr=0.05)
+        stats, now = learn(judge, cfg, rollouts, gains, reference=of_reference, sampler=of_sampler)
+        of_sampler = of_sampler or now
+        bad += stats.pop("nonfinite_losses")
+        norm, skip = update(trainable(judge.model), optimizers, GRAD_NORM, bad=bad)
         skipped += skip
-    sharding.reshard(reference)
     clock.append(time.time())
     # 5. log
     ratio_max = float(dist.gather_rows(torch.tensor([stats.pop("ratio_max")])).max())
-    stats |= {"nonfinite_losses": bad_losses, "nonfinite_rewards": bad_rewards}
+    stats["nonfinite_losses"] = bad
     sums = dist.all_sum(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
-    row = dict(phase="grpo", **summary(judge, cfg, answers), ratio_max=ratio_max, grad_norm=norm,
-               skipped_updates=skipped, lr=chosen["adamw"].param_groups[0]["lr"], **dict(zip(stats, sums)),
+    row = dict(phase="grpo", **summary(judge, cfg, rollouts, rewards), ratio_max=ratio_max, grad_norm=norm,
+               skipped_updates=skipped, lr=optimizers["adamw"].param_groups[0]["lr"], **dict(zip(stats, sums)),
                seconds_sample=clock[1] - clock[0], seconds_score=clock[2] - clock[1],
                seconds_update=clock[3] - clock[2], peak_memory_gb=run.peak_memory_gb())
-    examples = [{"group": item.cohort.id, "candidate": c, "reply": own[0], "reward": float(item.reply_rewards[c, 0])}
-                for item in answers if item.replies[0] for c, own in enumerate(item.texts)][:6]
-    return row, examples
+    examples = []
+    for rollout, (reply_rewards, _) in zip(rollouts, rewards):
+        prompts = [(cohort.id, c, replies) for cohort, of_cohort in zip(rollout.cohorts, rollout.replies)
+                   for c, replies in enumerate(of_cohort)]
+        examples += [{"group": name, "candidate": c, "reply": mllm.reply_text(judge, replies[0]), "reward": float(earned[0])}
+                     for (name, c, replies), earned in zip(prompts, reply_rewards) if replies]
+    return row, examples[:6]
+
+
+# evaluate ------------------------------------------------------------------------------------------------------
+
+def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, float]:
+    """Pair accuracy of the expected read-out per labeled axis; val_pair_accuracy is overall's, else the mean."""
+    judge.model.eval()
+    share, scores = mine(cohorts), torch.zeros(0, len(cohorts[0].images) * 3)
+    if share:                           # without gradient four times as many groups fit
+        scores = mllm.expected_scores(judge, [c.lr for c in share], [c.images for c in share],
+                                      groups_per_forward=min(16, 4 * cfg.groups_per_forward)).flatten(1)
+    scores = dist.gather_rows(scores).view(len(cohorts), -1, 3).numpy()
+    labeled = [a for a in range(3) if not all(np.isnan(c.ranks[:, a]).all() for c in cohorts)]
+    accuracy = {AXES[a]: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])[0] for a in labeled}
+    result = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}
+    return result | {"val_pair_accuracy": accuracy.get("overall", sum(accuracy.values()) / len(accuracy))}
+
+
+def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
+    """Share of sampled replies, one per (LR, candidate), that have the asked form."""
+    counts = torch.zeros(2)
+    for cohort in mine(cohorts):
+        with torch.no_grad():
+            features, grids = encode_images(judge, [cohort], [0])
+        uniforms = torch.rand(len(cohort.images), 1, cfg.max_reply_tokens,
+                              generator=run.generator(cfg.seed, "parse rate", cohort.id))
+        scores = scores_written(judge, sample_replies(judge, features, grids, uniforms, [len(cohort.images)]))[0]
+        counts += torch.tensor([(~scores.isnan()).sum(), scores.numel()])
+    right, total = dist.all_sum(counts).tolist()
+    return right / total
+
+
+def write_calibration(judge: Judge, folder: Path, source: Path, val: list[Cohort]) -> None:
+    """judge/calibration.json, as long as 03 reads it."""
+    from common import calibration
+    from common.groups import label_arrays, load_groups
+    scores = mllm.expected_scores(judge, [c.lr for c in val], [c.images for c in val]).numpy().round(4)
+    labels = label_arrays([group for group in load_groups(source, "val") if group["labels"]])
+    labels.scores[np.isnan(np.stack([cohort.ranks for cohort in val]))] = np.nan
+    run.write_json(folder / "judge" / "calibration.json", calibration.calibrate(scores, labels))
 
 
 # the stage -----------------------------------------------------------------------------------------------------
 
-def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge:
-    """The model at the start of the cold start: the small one with all weights trainable, or a real one with LoRA."""
-    if cfg.model == "small":
-        small = build_small(cfg, [[cohort.lr, *cohort.images] for cohort in train[:200]], device)
-        return trainable_judge(cfg, small, lora=False)
-    return trainable_judge(cfg, load_base(cfg, cfg.model, device), lora=cfg.lora_rank > 0)
-
-
-def keep_judge(cfg: Config, judge: Judge, folder: Path, *, base: str | Path, source: Path, val: list[Cohort],
-               state: dict) -> None:
-    """Write judge/: weights, prompt, the calibration fitted on validation, and the model card."""
-    scores = scores_of(judge, val, cfg.groups_per_forward).round(4)
-    if dist.is_main():
-        mllm.save_judge(judge, folder / "judge", base=base)
-        labels = label_arrays([group for group in load_groups(source, "val") if group["labels"]])
-        labels.scores[np.isnan(np.stack([cohort.ranks for cohort in val]))] = np.nan        # held_out_methods
-        run.write_json(folder / "judge" / "calibration.json", calibration.calibrate(scores, labels))
-        model_card.write(folder / "judge", source, asdict(cfg), before=state["cold_start"], after=state["best"])
-
-
-def save_merged(stage: Path) -> None:
-    """judge/merged/ of a finished stage 02: base and adapter as one model, for tools that know no adapters."""
-    merged, judge = stage / "judge" / "merged", mllm.load_judge(stage, torch.device("cpu"))         # a GPU may be full
-    judge.model = judge.model.merge_and_unload()
-    partial = merged.with_suffix(".partial")
-    mllm.save_model(judge, partial)
-    partial.rename(merged)
-    print(f"wrote {merged}")
-
-
 @run.explained()
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
-    to_merge = cfg.merge and not (Path(cfg.run) / Path(__file__).stem / "judge" / "merged").exists()
-    free = ("groups_per_forward", "gradient_checkpointing", "save_every", "merge", "fsdp")
-    folder = run.open_stage(cfg, __file__, go_on=to_merge, free=free)
-    if (folder / "manifest.json").exists():
-        if dist.is_main():
-            save_merged(folder)
-        return dist.finish()
-    if cfg.fsdp and min(cfg.cold_start_groups, cfg.groups_per_step) < dist.world_size():
-        fail(f"fsdp: {dist.world_size()} processes are more than cold_start_groups={cfg.cold_start_groups} or "
-                 f"groups_per_step={cfg.groups_per_step}, but each needs a group: start fewer")
+    free = ("groups_per_forward", "gradient_checkpointing", "save_every")
+    folder = run.open_stage(cfg, __file__, free=free)
+    # 1. data
     source = run.require(cfg.run, "01_build_dataset")
     check_methods(source, cfg.held_out_methods)
     train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
-    require_enough(len(train), groups_per_step=cfg.groups_per_step,
-                   cold_start_groups=cfg.cold_start_groups * bool(cfg.cold_start_steps))
     val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
-    size = round(sum(len(c.images) for c in train) / len(train))
-    per_step = size * (cfg.reasoned_groups * cfg.replies + cfg.groups_per_step * 3 * cfg.direct_replies)
-    work = f"writes {per_step} answers, {size * cfg.reasoned_groups * cfg.replies} of them with reasoning"
-    if cfg.algorithm == "sft_rank":
-        per_step = size * cfg.groups_per_step * 3
-        work = f"fits {per_step} scores"
+    require_enough(len(train), groups_per_step=cfg.groups_per_step * bool(cfg.steps),
+                   cold_start_groups=cfg.cold_start_groups * bool(cfg.cold_start_steps))
+    size = round(sum(len(cohort.images) for cohort in train) / len(train))
+    with_reasoning = size * cfg.reasoned_groups * cfg.replies
+    answers = with_reasoning + size * cfg.groups_per_step * 3 * cfg.direct_replies
     dist.print0(f"read {source}: {len(train)} groups of {len(train[0].images)} candidates, {len(val)} for validation\n"
                 f"cold start: {cfg.cold_start_steps} steps of {cfg.cold_start_groups} groups\n"
-                f"{cfg.algorithm}: {cfg.steps} steps of {cfg.groups_per_step} groups; each step {work}")
+                f"grpo: {cfg.steps} steps of {cfg.groups_per_step} groups; each step writes {answers} answers, "
+                f"{with_reasoning} of them with reasoning")
 
+    # 2. cold start
     base = cfg.model
     if cfg.cold_start_steps:
         base = folder / "cold_start" / "model"
         if not (folder / "cold_start" / "done.json").exists():
-            cold_start(cfg, folder, first_judge(cfg, train, device), train, val)
-        checkpoints.drop_checkpoints(folder / "cold_start")
-    lora = cfg.lora_rank > 0                                    # its reference: the same with the adapter off
-    judge = reference = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
-    if not lora:
-        reference = load_base(cfg, base, device) if cfg.algorithm == "grpo" else None
-    if cfg.fsdp:
-        for each in filter(None, (judge, reference)):
-            sharding.shard(each)
+            cold_start(cfg, folder / "cold_start", first_judge(cfg, train, device), train, val)
+        drop_checkpoints(folder / "cold_start")
 
-    chosen = optimizers(judge, cfg.lr, cfg.weight_decay,
-                        muon_lr=cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else None)
-    averaged = copy_of(judge)
-    first, state = resume(judge, averaged, chosen, folder)
+    # 3. the judge to train and its reference: with LoRA the same, its adapter off
+    judge = reference = prepare(cfg, load_base(cfg, base, device), lora=cfg.lora_rank > 0)
+    if not cfg.lora_rank:
+        reference = load_base(cfg, base, device)
+    weights = trainable(judge.model)
+    averaged = copied(weights)
+    optimizers = make_optimizers(weights, cfg.lr, cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else 0)
+    first, state = resume(folder, with_averaged(weights, averaged), optimizers)
     if not state:
-        with sharding.gathered(judge):
-            accuracy = evaluate(judge, val, cfg.groups_per_forward)["val_pair_accuracy"]
+        accuracy = evaluate(judge, cfg, val)["val_pair_accuracy"]
         state = {"cold_start": accuracy, "best": accuracy, "best_step": 0, "bad": 0, "seconds": 0.0}
-        save_best(judge, folder)
+        if dist.is_main():
+            run.save_tensors(folder / "best.safetensors", weights)
     run.trim_metrics(folder, cfg.cold_start_steps + first)
     run.trim_metrics(folder, first, "samples.jsonl")
-    dist.print0(f"before {cfg.algorithm}: validation pair accuracy {state['cold_start']:.3f}")
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.algorithm, disable=not dist.is_main())
+    dist.print0(f"before grpo: validation pair accuracy {state['cold_start']:.3f}")
+
+    # 4. GRPO
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="grpo", disable=not dist.is_main())
     for step in bar:
-        if cfg.algorithm == "grpo":
-            row, examples = grpo_step(judge, reference, cfg, chosen, train, step)    # 1. to 5.
-        else:
-            row, examples = sft_rank_step(judge, cfg, chosen, train, step), []       # no samples: 4. and 5.
-        average(averaged, judge, decay=cfg.ema, step=step)
-        state["bad"] = count_bad(state["bad"], row, folder, cfg.cold_start_steps + step)
+        row, examples = grpo_step(judge, reference, cfg, optimizers, train, step)
+        average_step(cfg, averaged, weights, step)
+        state["bad"] = count_bad_steps(state["bad"], why_skipped(row), folder=folder, step=cfg.cold_start_steps + step)
         state["seconds"] += sum(value for key, value in row.items() if key.startswith("seconds"))
-        # 6. evaluate and save
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            with holding(judge, averaged):
-                row |= evaluate(judge, val, cfg.groups_per_forward)
+            with swapped(weights, averaged):
+                row |= evaluate(judge, cfg, val)
                 if row["val_pair_accuracy"] > state["best"]:
                     state |= {"best": row["val_pair_accuracy"], "best_step": step + 1}
-                    save_best(judge, folder)
+                    if dist.is_main():
+                        run.save_tensors(folder / "best.safetensors", weights)
             bar.set_postfix(val=f"{row['val_pair_accuracy']:.3f}")
         report.log(folder, cfg.cold_start_steps + step, row)
         for example in examples:                                # read these to see what the model writes
             run.log_metrics(folder, step, example, "samples.jsonl")
         if (step + 1) % cfg.save_every == 0:
-            save_checkpoint(judge, averaged, chosen, folder, step=step + 1, state=state)
+            save_checkpoint(folder, step + 1, weights=with_averaged(weights, averaged), optimizers=optimizers,
+                            state=state)
 
+    # 5. the best weights become the judge
     dist.barrier()                                              # best.safetensors is whole
-    if cfg.fsdp:                                                # no shards from here on
-        judge = trainable_judge(cfg, load_base(cfg, base, device), lora=lora)
-    load_weights(judge, run.load_tensors(folder / "best.safetensors"))
+    with torch.no_grad():
+        for name, tensor in run.load_tensors(folder / "best.safetensors").items():
+            weights[name].copy_(tensor)
     rate = parse_rate(judge, cfg, val)
-    keep_judge(cfg, judge, folder, base=base, source=source, val=val, state=state)
+    if dist.is_main():
+        mllm.save_judge(judge, folder / "judge", base=base)
+        write_calibration(judge, folder, source, val)
     run.write_manifest(folder, script=__file__, started=started, inputs=[source], results={
         "val_pair_accuracy_cold_start": round(state["cold_start"], 4), "val_pair_accuracy": round(state["best"], 4),
         "best_step": state["best_step"], "parse_rate": round(rate, 4),
-        "samples_per_second": round(cfg.steps * per_step / max(state["seconds"], 1e-9), 1)})
-    if to_merge and dist.is_main():
-        save_merged(folder)
+        "samples_per_second": round(cfg.steps * answers / max(state["seconds"], 1e-9), 1)})
     dist.finish()
 
 

@@ -15,31 +15,38 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *mllm.IMAGE_TOKENS]
 
 
-def build_small(cfg, groups: list[list[np.ndarray]], device: torch.device) -> Judge:
-    """A judge around a Qwen2.5-VL built from cfg's numbers; groups: images [LR, candidate, ..] to whiten on."""
+def build_small(groups: list[list[np.ndarray]], device: torch.device, *, seed: int, width: int, depth: int, heads: int,
+                vision_width: int, vision_depth: int, patch: int = 8, max_pixels: int, lr_view: str,
+                candidate_view: str) -> Judge:
+    """
+    A judge around a Qwen2.5-VL with random weights; groups: images [LR, candidate, ..] to whiten on.
+
+    width, depth: of the language model, in features and layers; vision_*: of the vision tower; heads: of both. patch:
+    px, and the language model sees one token per 2 x 2 patches. The rest as in mllm.Judge.
+    """
     tokenizer = build_tokenizer()
     ids = tokenizer.get_vocab()
-    half = cfg.width // cfg.heads // 2
+    half = width // heads // 2
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]        # time, height, width
-    torch.manual_seed(run.stable_seed(cfg.seed, "small model"))
+    torch.manual_seed(run.stable_seed(seed, "small model"))
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=3 * cfg.width,
-            num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+            num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=heads,
             max_position_embeddings=4096, initializer_range=0.05, bos_token_id=None,
             eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=sections)),
         vision_config=dict(
-            depth=cfg.vision_depth, hidden_size=cfg.vision_width, intermediate_size=2 * cfg.vision_width,
-            num_heads=cfg.heads, patch_size=cfg.patch, out_hidden_size=cfg.width, initializer_range=0.05,
-            fullatt_block_indexes=list(range(cfg.vision_depth))),
+            depth=vision_depth, hidden_size=vision_width, intermediate_size=2 * vision_width,
+            num_heads=heads, patch_size=patch, out_hidden_size=width, initializer_range=0.05,
+            fullatt_block_indexes=list(range(vision_depth))),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False))
     processor = Qwen2VLImageProcessorPil(
-        patch_size=cfg.patch, merge_size=2, size=dict(shortest_edge=4 * cfg.patch**2, longest_edge=cfg.max_pixels),
+        patch_size=patch, merge_size=2, size=dict(shortest_edge=4 * patch**2, longest_edge=max_pixels),
         image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    judge = Judge(model.to(device), tokenizer, processor, cfg.lr_view, cfg.candidate_view, device)
+    judge = Judge(model.to(device), tokenizer, processor, lr_view, candidate_view, device)
     whiten_patches(judge, groups)
     return judge
 

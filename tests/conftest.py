@@ -123,12 +123,17 @@ def tree(folder: Path) -> dict[str, str]:
 
 def build_judge(candidate_view: str = "image", **settings):
     """Return (judge, cfg): a tiny Qwen2.5-VL as stage 02 builds it, untrained, float32."""
+    import numpy as np
     import torch
 
-    from common.small_mllm import build_small
+    from common.groups import Cohort
     shape = {"width": 32, "depth": 2, "heads": 2, "vision_width": 24, "vision_depth": 1}
-    cfg = load_stage("02").Config(run="", candidate_view=candidate_view, **shape, **settings)
-    judge = build_small(cfg, [make_images(0)], torch.device("cpu"))
+    stage = load_stage("02")
+    cfg = stage.Config(run="", candidate_view=candidate_view, **shape, **settings)
+    lr, *images = make_images(0)
+    nothing = np.zeros((len(images), 3))
+    judge = stage.first_judge(cfg, [Cohort("", lr, images, [], nothing, nothing)], torch.device("cpu"))
+    judge.model.requires_grad_(True)
     with torch.no_grad():
         judge.net.lm_head.weight.mul_(10)           # else all answers are about equally likely
     judge.model.eval()
