@@ -505,16 +505,6 @@ def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
     return right / total
 
 
-def write_calibration(judge: Judge, folder: Path, source: Path, val: list[Cohort]) -> None:
-    """judge/calibration.json, as long as 03 reads it."""
-    from common import calibration
-    from common.groups import label_arrays, load_groups
-    scores = mllm.expected_scores(judge, [c.lr for c in val], [c.images for c in val]).numpy().round(4)
-    labels = label_arrays([group for group in load_groups(source, "val") if group["labels"]])
-    labels.scores[np.isnan(np.stack([cohort.ranks for cohort in val]))] = np.nan
-    run.write_json(folder / "judge" / "calibration.json", calibration.calibrate(scores, labels))
-
-
 # the stage -----------------------------------------------------------------------------------------------------
 
 @run.explained()
@@ -592,7 +582,6 @@ def main(cfg: Config) -> None:
     rate = parse_rate(judge, cfg, val)
     if dist.is_main():
         mllm.save_judge(judge, folder / "judge", base=base)
-        write_calibration(judge, folder, source, val)
     run.write_manifest(folder, script=__file__, started=started, inputs=[source], results={
         "val_pair_accuracy_cold_start": round(state["cold_start"], 4), "val_pair_accuracy": round(state["best"], 4),
         "best_step": state["best_step"], "parse_rate": round(rate, 4),

@@ -39,7 +39,8 @@ def model_inputs(judge, texts: list[list[int]], images: list[list[tuple[Tensor, 
     ids, valid = ids.to(judge.device), valid.to(judge.device)
     features, grids = zip(*sum(images, []))
     return dict(input_ids=ids, attention_mask=valid.long(), image_grid_thw=torch.stack(grids).to(judge.device),
-                mm_token_type_ids=((ids == judge.image_id) & valid).int(), mm_encoder_outputs=mllm.vision_output(judge, features))
+                mm_token_type_ids=((ids == judge.image_id) & valid).int(),
+                mm_encoder_outputs=mllm.vision_output(judge, features))
 
 
 def hidden_states(judge, rows: Rows, features: list[Tensor], cache: None = None) -> Tensor:
@@ -63,7 +64,8 @@ def generate(judge: mllm.Judge, features: list[Tensor], grids: Tensor, uniforms:
     """As sample_replies, by transformers' `generate`: every reply a row of its own, ended rows stay in the batch."""
     (n, k, limit), given = uniforms.shape, list(zip(features, grids))
     texts, images, at = [], [], 0
-    for tree in replies.prompt_trees(judge, grids, sizes):
+    for of_cohort in grids.split([1 + c for c in sizes]):
+        tree = mllm.prompt_row(judge, of_cohort[0], of_cohort[1:])
         for candidate in range(1, len(tree)):
             texts += [tree[0].ids + tree[candidate].ids] * k
             images += [[given[at], given[at + candidate]]] * k
@@ -73,7 +75,8 @@ def generate(judge: mllm.Judge, features: list[Tensor], grids: Tensor, uniforms:
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
         """Leaves one token per row: the draw of the row's next number."""
         t = ids.shape[1] - inputs["input_ids"].shape[1]
-        token = replies.draw(scores.float().index_fill(-1, judge.banned_ids, -torch.inf), numbers[:, t:t + 1].to(judge.device))
+        scores = scores.float().index_fill(-1, judge.banned_ids, -torch.inf)
+        token = replies.draw(scores, numbers[:, t:t + 1].to(judge.device))
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
     suggested = judge.net.generation_config             # by the checkpoint, such as repetition_penalty: not our policy
@@ -82,5 +85,5 @@ def generate(judge: mllm.Judge, features: list[Tensor], grids: Tensor, uniforms:
         tokens = judge.net.generate(**inputs, max_new_tokens=limit, do_sample=False, logits_processor=[choose])
     finally:
         judge.net.generation_config = suggested
-    written = tokens[:, inputs["input_ids"].shape[1]:]
-    return replies.cut(judge, written.unflatten(0, (n, k)))
+    written = tokens[:, inputs["input_ids"].shape[1]:].unflatten(0, (n, k)).tolist()
+    return [[ids[:ids.index(judge.end_id) + 1] if judge.end_id in ids else ids for ids in row] for row in written]

@@ -22,8 +22,8 @@ SHARES = """
 import sys
 import torch
 sys.path[:0] = ["tests", "."]
-from common import data, dist, mllm
-from common.cohorts import mine
+from common import dist, mllm
+from common.dist import mine
 from conftest import build_judge, make_images
 dist.init()
 judge, _ = build_judge()

@@ -5,7 +5,6 @@ Run     python -m pytest tests/test_plain_rows.py       # 30 s
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +12,11 @@ import torch
 from transformers import GenerationConfig
 
 import plain_rows
-from common import mllm, replies, reward_grpo, token_tree
-from common.cohorts import scores_of
+from common import mllm, replies, token_tree
 from common.groups import Cohort
-from common.replies import answer_logp, learning_mode, sample_answers, sample_replies, token_logp
+from common.replies import answer_logp, sample_replies, token_logp
 from common.small_mllm import build_tokenizer
-from conftest import build_judge, load_stage, make_images
+from conftest import load_stage, make_images
 from test_families import CPU, load, save_random, stock_inputs
 
 
@@ -83,24 +81,6 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers(judge, monk
     assert len(set(lengths)) > 2 and max(lengths) == 16
 
 
-def test_replies_that_have_ended_are_not_computed(monkeypatch):
-    judge, _ = build_judge()
-    policy_logits, end = mllm.policy_logits, torch.arange(judge.net.lm_head.out_features) == judge.end_id
-    monkeypatch.setattr("common.replies.policy_logits", lambda *given: policy_logits(*given) / 10 + 4 * end)
-    seen, forward = [], judge.net.model.forward
-    monkeypatch.setattr(judge.net.model, "forward", lambda **given: (seen.append(given["input_ids"].shape),
-                                                                     forward(**given))[1])
-    cohorts = [cohort_of(0, 2), cohort_of(2, 1)]
-    features = mllm.image_features(judge, [[c.lr, *c.images] for c in cohorts])
-    replies = sample_replies(judge, *features, torch.rand(
-        3, 6, 30, generator=torch.Generator().manual_seed(0)), [2, 1])
-    rows = [replies[0] + replies[1], replies[2]]
-    lengths = [[len(ids) for ids in own] for own in rows]
-    going = [[sum(n > t for n in own) for own in lengths] for t in range(1, max(map(max, lengths)))]
-    assert [tuple(shape) for shape in seen[1:]] == [(sum(n > 0 for n in own), max(own)) for own in going]
-    assert len(set(seen[1:])) > 4
-
-
 # the loss --------------------------------------------------------------------------------------------------
 
 def gradients_of(judge: mllm.Judge, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -148,15 +128,15 @@ def loss_and_gradients(judge: mllm.Judge, cohort: Cohort) -> tuple[float, list[t
 
 @pytest.mark.parametrize("family, lora, long", [
     ("qwen2_5_vl", True, 10**6), ("qwen2_5_vl", True, 0), ("qwen3_vl", True, 0), ("qwen3_vl", False, 0)])
-def test_activations_that_are_computed_again_give_the_same_loss_and_gradients(tmp_path, monkeypatch, family, lora, long):
+def test_activations_computed_again_give_the_same_loss_and_gradients(tmp_path, monkeypatch, family, lora, long):
     monkeypatch.setattr(token_tree, "LONG", long)
     save_random(tmp_path, family, build_tokenizer())
     stage, found, held = load_stage("02"), [], []
     for checkpointing in (False, True):
         cfg = stage.Config(run="", lora_rank=4 * lora, gradient_checkpointing=checkpointing)
-        own = stage.trainable_judge(cfg, load(tmp_path), lora=lora)
+        own = stage.prepare(cfg, load(tmp_path), lora=lora)
         sizes = [0]
-        learning_mode(own)
+        own.model.train(checkpointing)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
             found.append(loss_and_gradients(own, cohort_of(0, 2)))
         held.append(sum(sizes))
@@ -193,34 +173,6 @@ def test_log_probabilities_in_chunks_are_the_same_and_hold_no_logits(judge, monk
     assert held[0] == n * vocabulary > 4 * held[1]
 
 
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_a_frozen_tower_sees_each_image_of_a_step_once(judge, monkeypatch, lora_rank):
-    stage = load_stage("02")
-    cfg = stage.Config(run="", replies=2, direct_replies=4, max_reply_tokens=6, groups_per_step=2, reasoned_groups=1,
-                       lora_rank=lora_rank, candidate_view="image", updates_per_rollout=2)
-    reference = judge if lora_rank else replace(judge)
-    if not lora_rank:
-        frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
-        judge.model.requires_grad_(True)
-    seen, look = [], judge.net.get_image_features
-    monkeypatch.setattr(judge.net, "get_image_features", lambda pixels, grids, **rest: (
-        seen.append(len(grids)), look(pixels, grids, **rest))[1])
-    cohorts = [cohort_of(0, 3), cohort_of(2, 3)]
-    answers = sample_answers(judge, cfg, cohorts, 0, {"c0"})
-    for item in answers:
-        reward_grpo.score(judge, cfg, item)
-    reward_grpo.advantages(judge, cfg, answers)
-    old = {}
-    for _ in range(cfg.updates_per_rollout):
-        reward_grpo.learn(judge, reference, cfg, answers, old)
-    judge.model.zero_grad()
-    # all weights: rollout, policy of two updates, and the reference (here the same tower) once
-    assert sum(seen) == 2 * 4 * (1 if lora_rank else 4)
-    if not lora_rank:
-        for name, p in judge.model.named_parameters():
-            p.requires_grad_(name not in frozen)
-
-
 # scores ----------------------------------------------------------------------------------------------------
 
 def test_any_number_of_candidates_is_scored_as_each_alone(judge):
@@ -234,10 +186,3 @@ def test_any_number_of_candidates_is_scored_as_each_alone(judge):
     with plain_rows.plain_rows():
         plain = mllm.expected_scores(judge, [c.lr for c in groups], [c.images for c in groups])
     torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5, equal_nan=True)
-
-
-def test_validation_looks_at_fewer_images_at_once_where_memory_is_short(judge, monkeypatch):
-    cohorts, look, seen = [cohort_of(2 * seed, 2) for seed in range(6)], mllm.image_features, []
-    monkeypatch.setattr(mllm, "image_features", lambda own, groups: (seen.append(len(groups)), look(own, groups))[1])
-    few, many = scores_of(judge, cohorts, 1), scores_of(judge, cohorts, 5)
-    assert seen == [4, 2, 6] and np.allclose(few, many, atol=1e-5)

@@ -414,10 +414,3 @@ def test_settings_that_cannot_work_are_refused(toy_config, capsys, overrides, sa
     with pytest.raises(SystemExit):
         load_config(stage.Config, stage.__file__, [str(toy_config), *overrides])
     assert says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wrong", ["groups_per_step=25", "cold_start_groups=25"])
-def test_a_step_of_more_cohorts_than_there_are_is_refused(toy_run, toy_config, tmp_path, wrong):
-    (tmp_path / "01_build_dataset").symlink_to(toy_run / "01_build_dataset")
-    done = run_stage("02", toy_config, f"run={tmp_path}", wrong)
-    assert done.returncode == 2 and f"{wrong} is more than the 24 training groups" in done.stderr
