@@ -150,20 +150,20 @@ def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict]
         lrs, images, hrs = zip(*(group_images(source, group) for group in part))
         wrong = [lr_image(source, group) for group in others]
         gray = [np.full_like(lr, 128) for lr in lrs]
-        found = {"lr_shuffled": mllm.expected_scores(judge, wrong, images),
-                 "lr_gray": mllm.expected_scores(judge, gray, images)}                      # [g, C, 3] each
-        found["before_grpo"] = torch.full_like(found["lr_gray"], torch.nan)
+        by_scorer = {"lr_shuffled": mllm.expected_scores(judge, wrong, images),
+                     "lr_gray": mllm.expected_scores(judge, gray, images)}                  # [g, C, 3] each
+        by_scorer["before_grpo"] = torch.full_like(by_scorer["lr_gray"], torch.nan)
         if before:
             with mllm.adapter_off(before):
-                found["before_grpo"] = mllm.expected_scores(before, lrs, images)
+                by_scorer["before_grpo"] = mllm.expected_scores(before, lrs, images)
         started = time.time()
-        found["judge"] = mllm.expected_scores(judge, lrs, images)                           # last: all is warm by now
+        by_scorer["judge"] = mllm.expected_scores(judge, lrs, images)                       # last: all is warm by now
         seconds += time.time() - started
         pixels = torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in candidates]
                                for group, lr, candidates, hr in zip(part, lrs, images, hrs)], dtype=torch.float64)
-        found |= {name: column[..., None].expand(-1, -1, len(AXES))
-                  for name, column in zip(("psnr", "ssim", "lr_psnr", "sharpness"), pixels.unbind(-1))}
-        scores.append(torch.stack([found[name].double() for name in MEASURED], 2))
+        by_scorer |= {name: column[..., None].expand(-1, -1, len(AXES))
+                      for name, column in zip(("psnr", "ssim", "lr_psnr", "sharpness"), pixels.unbind(-1))}
+        scores.append(torch.stack([by_scorer[name].double() for name in MEASURED], 2))
     return torch.cat(scores), seconds
 
 

@@ -76,6 +76,8 @@ def test_what_03_leaves_behind(evaluated):
         assert judge["ci95"][0] <= judge["value"] <= judge["ci95"][1]
         margin = results["judge_minus"]["method_prior"][axis]["value"]
         assert margin == pytest.approx(judge["value"] - prior["value"], abs=2e-4)
+    build = run.read_json(evaluated / "01_build_dataset" / "manifest.json")["results"]         # of training labels, too
+    assert build["method_prior"] == {axis: results["accuracy"]["method_prior"][axis]["value"] for axis in AXES}
     table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
     assert all(name in table for name, _ in stage.SCORERS.values()) and "proxy" in table
     assert all(min(read_image(folder / name).shape[:2]) > 300 for name in ("examples.png", "probes.png"))
