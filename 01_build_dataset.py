@@ -11,7 +11,7 @@ Reads   photographs (hr_dir), LR-only images (lr_dir), or a preference set that 
 Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/  candidates/  skipped.jsonl
                                   contact_sheet.png (look at it)
                                   config.yaml  manifest.json (how many labels, what names alone explain)
-                                  judgements.jsonl  annotation_report.md  annotation_report.json (if people judge)
+                                  judgements.jsonl  annotation_report.md (if people judge)
 Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.67 of the test pairs right.
 
 The labels are a PROXY for human preference, computed with the ground truth (common/metrics.py): consistency
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common import annotate, candidates, degrade, dist, imports, metrics, run, sources
 from common.config import fail, load_config, nearest
-from common.groups import SPLITS, label_arrays, method_prior
+from common.groups import SPLITS, all_groups, label_arrays, method_prior
 from common.images import find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
@@ -54,8 +54,8 @@ DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much 
 PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning; 0.67 is the demo
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
-FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "annotate_splits",
-        "annotate_without", "labels", "workers", "hf_batch")            # may change: use of a finished set, and speed
+FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "labels", "workers",
+        "hf_batch")             # may change: use of a finished set, and speed
 
 
 @dataclass
@@ -93,8 +93,6 @@ class Config:
     annotate_port: int = 0              # 0: any free one
     annotate_show: int = 2              # candidates at once: 2 to pick from, or 4 to rank
     annotate_groups: int = 50           # LR images per split that the page asks about, evenly spaced; 0: all
-    annotate_splits: list[str] = field(default_factory=lambda: list(SPLITS))    # the page asks about these
-    annotate_without: list[str] = field(default_factory=list)   # annotators whose judgements do not become labels
     labels: str | None = None           # human: those from judgements.jsonl; proxy: as built; null: as they are
     # speed only ---------------------------------------------------------------------------------------------
     workers: int = 0                    # processes, 0: one per core that it may use; memory and speed
@@ -112,8 +110,6 @@ class Config:
         least = {"train_groups": 1, "val_groups": 0, "test_groups": 0, "hf_batch": 1, "annotate_groups": 0}
         for key, value in (least | {"workers": 0}).items():
             assert vars(self)[key] >= value, f"{key} should be {value} or more, got {vars(self)[key]}"
-        assert self.annotate_splits and set(self.annotate_splits) <= set(SPLITS), \
-            f"annotate_splits should be some of {', '.join(SPLITS)}, got {self.annotate_splits}"
         assert self.annotate_show in (2, 4), f"annotate_show should be 2 or 4, got {self.annotate_show}"
         assert self.labels in (None, "human", "proxy"), f"labels should be human or proxy, got {self.labels!r}"
         assert 0 <= self.annotate_port < 2**16, f"annotate_port should be in 0..65535, got {self.annotate_port}"
@@ -450,6 +446,41 @@ def publish(folder: Path, groups: list[dict]) -> dict:
     return quality(groups)
 
 
+# people, once the data set is complete -----------------------------------------------------------------------
+
+def ask_people(cfg: Config, folder: Path) -> None:
+    """What the settings `labels` and `annotate` ask for."""
+    if cfg.labels:
+        set_labels(folder, cfg.labels)
+    if cfg.annotate:
+        annotate.serve(folder, all_groups(folder), host=cfg.annotate_host, port=cfg.annotate_port, seed=cfg.seed,
+                       shown=cfg.annotate_show, per_split=cfg.annotate_groups)
+
+
+def set_labels(folder: Path, kind: str) -> None:
+    """Make people's labels, or those that were built (`proxy`), the ones that count; the built ones are never lost."""
+    groups = all_groups(folder)
+    if kind == "human":
+        judged = annotate.live(annotate.read_log(folder / annotate.LOG, groups))
+        labels = annotate.human_labels(groups, judged)
+        if not any(labels.values()):
+            fail(f"{folder / annotate.LOG}: no LR image has enough judgements yet to rank its candidates: go on with "
+                 f"`{run.command(folder.name)} annotate=true`")
+        run.write_bytes(folder / "annotation_report.md", annotate.report(groups, judged, labels).encode())
+        for group in groups:
+            group.setdefault("proxy_labels", group["labels"])
+            group["labels"] = labels[group["id"]]
+    else:
+        for group in groups:
+            group["labels"] = group.pop("proxy_labels", group["labels"])
+    results = publish(folder, groups)
+    run.write_json(folder / "manifest.json", run.read_json(folder / "manifest.json") | {"results": results})
+    print(f"labels: {kind}, " + json.dumps(results))
+    for stem in ("02_train_reward", "03_eval_reward"):
+        if (folder.parent / stem / "config.yaml").exists():
+            print(f"{folder.parent / stem} was made with the labels as they were: use another run= or delete it")
+
+
 # many small jobs over the CPU cores ------------------------------------------------------------------------
 
 def start_pool(workers: int) -> ProcessPoolExecutor | None:
@@ -509,7 +540,7 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, free=FREE, go_on=cfg.annotate or cfg.labels is not None)
     if (folder / "manifest.json").exists():
         dist.finish()                                     # people may take days: no rank waits for them
-        return annotate.ask_people(cfg, folder, publish) if main_rank else None
+        return ask_people(cfg, folder) if main_rank else None
     progress = folder / "progress"                        # what a killed run has done; removed at the end
     for path in (folder / "hr", folder / "lr", folder / "candidates", progress):
         path.mkdir(exist_ok=True)
@@ -558,7 +589,7 @@ def main(cfg: Config) -> None:
     shutil.rmtree(progress)
     run.write_manifest(folder, script=__file__, started=started, inputs=[], results=results)
     dist.finish()
-    annotate.ask_people(cfg, folder, publish)
+    ask_people(cfg, folder)
 
 
 if __name__ == "__main__":
