@@ -12,7 +12,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as torch_dist
-from torch.distributed.tensor import DTensor
 
 from common.config import fail
 
@@ -57,7 +56,7 @@ def print0(message: str = "") -> None:
 
 
 def clock(device: torch.device) -> float:
-    """Return seconds on a clock, when all that was given to the device is done."""
+    """Return seconds on a clock, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -104,7 +103,7 @@ def sum_gradients(params: Iterable[torch.nn.Parameter]) -> None:
     for param in params:
         if param.grad is None:
             param.grad = torch.zeros_like(param)
-        if world_size() > 1 and not isinstance(param, DTensor):         # FSDP has summed the gradients of shards
+        if world_size() > 1:
             torch_dist.all_reduce(param.grad)
 
 
