@@ -115,6 +115,7 @@ COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of t
 SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
 REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
 WEIGHT_DECAY, GRAD_NORM = 0.05, 1.0     # of AdamW and Muon; gradients are clipped to this norm
+MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")      # of grpo_loss, for replies and for digits
 
 
 # model ---------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def fidelity_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[Cohort], step: int) -> dict:
-    """One update on this rank's cohorts, perhaps none; returns losses over all ranks and the like as a row of metrics."""
+    """One update on this rank's cohorts, perhaps none; returns a row of metrics, over all ranks."""
     judge.model.train()
     lessons, counts = [lesson(judge, cfg, cohort, step) for cohort in cohorts], torch.zeros(3)
     for cohort, (_, replies) in zip(cohorts, lessons):
@@ -356,8 +357,8 @@ def score(judge: Judge, cfg: Config, rollout: Rollout) -> tuple[Tensor, Tensor]:
     return torch.cat(reply_rewards), torch.cat(digit_rewards)
 
 
-def advantages(rewards: Tensor) -> Tensor:
-    """Of rewards [prompts, K], each row a group; what has no reward has no advantage and is not trained on: NaN."""
+def advantages_of(rewards: Tensor) -> Tensor:
+    """[groups, K], each row one prompt's; what has no reward has no advantage and is not trained on: NaN."""
     return grpo.group_advantages(rewards, std_floor=REWARD_STD_FLOOR).masked_fill(rewards.isnan(), torch.nan)
 
 
@@ -366,45 +367,42 @@ def logp_of(judge: Judge, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     return answer_logp(judge, *encode(judge, rollout.images), rollout.replies, rollout.digits)
 
 
-def learn(judge: Judge, cfg: Config, rollouts: list[Rollout], gains: list, *, reference: list,
+def learn(judge: Judge, cfg: Config, rollouts: list[Rollout], advantages: list, *, reference: list,
           sampler: list | None) -> tuple[dict[str, float], list]:
     """
-    Backward pass of the GRPO loss over all answers of the step: token mean of the replies plus that of the digits.
+    Backward pass of the GRPO loss over all answers of the step: mean over reply tokens, plus mean over digits.
 
-    gains, reference, sampler: per rollout (replies, digits); advantages [N, K] and [N * 3, K_direct], and
-    log-probabilities under the two models. sampler None: the model has not changed since it sampled.
+    advantages, reference, sampler: a pair (replies, digits) for each rollout, advantages [N, K] and [N * 3, K_direct],
+    or log-probabilities as in logp_of under the reference and under the model that sampled; sampler None: this one.
     Returns this rank's share of the stats (sums over ranks are means over the step, ratio_max aside), and the
-    log-probabilities under the model as it is now.
+    log-probabilities under the model as it is.
     """
     judge.model.train(judge.net.is_activation_checkpointing)    # in training mode only where transformers demands it
     n_tokens = sum(len(ids) for rollout in rollouts for cohort in rollout.replies for row in cohort for ids in row)
-    n_digits = sum(int((~digits.isnan()).sum()) for _, digits in gains)
+    n_digits = sum(int((~digits.isnan()).sum()) for _, digits in advantages)
     n_tokens, n_digits = dist.all_sum(torch.tensor([n_tokens, n_digits], dtype=torch.float32)).clamp(min=1).tolist()
     limits = dict(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_weight=cfg.kl_weight)
-    stats = {prefix + name: 0.0 for prefix in ("", "digit_") for name in MEANS} | {"nonfinite_losses": 0.0,
-                                                                                   "ratio_max": 1.0}
-    now = []
+    stats = {prefix + name: 0.0 for prefix in ("", "digit_") for name in MEANS}
+    stats |= {"nonfinite_losses": 0.0, "ratio_max": 1.0}
+    current = []
     for i, rollout in enumerate(rollouts):
         logp, mask, digit_logp = logp_of(judge, rollout)
-        now.append((logp.detach(), digit_logp.detach()))
-        old_logp, old_digit_logp = (sampler or now)[i]
+        current.append((logp.detach(), digit_logp.detach()))
+        old_logp, old_digit_logp = (sampler or current)[i]
         ref_logp, ref_digit_logp = reference[i]
-        gain, digit_gain = (each.to(judge.device) for each in gains[i])
-        digit_mask = ~digit_gain.isnan()
-        loss, of_digits = grpo.grpo_loss(digit_logp, old_digit_logp, digit_gain, mask=digit_mask,
-                                         ref_logp=ref_digit_logp, denominator=n_digits, **limits)
-        add_stats(stats, "digit_", of_digits, int(digit_mask.sum()), n_digits)
+        advantage, digit_advantage = (values.to(judge.device) for values in advantages[i])
+        digit_mask = ~digit_advantage.isnan()
+        loss, digit_stats = grpo.grpo_loss(digit_logp, old_digit_logp, digit_advantage, mask=digit_mask,
+                                           ref_logp=ref_digit_logp, denominator=n_digits, **limits)
+        add_stats(stats, "digit_", digit_stats, int(digit_mask.sum()), n_digits)
         if len(logp):
-            reply_loss, of_replies = grpo.grpo_loss(logp, old_logp, gain.flatten(), mask=mask, ref_logp=ref_logp,
-                                                    denominator=n_tokens, **limits)
-            add_stats(stats, "", of_replies, int(mask.sum()), n_tokens)
+            reply_loss, reply_stats = grpo.grpo_loss(logp, old_logp, advantage.flatten(), mask=mask, ref_logp=ref_logp,
+                                                     denominator=n_tokens, **limits)
+            add_stats(stats, "", reply_stats, int(mask.sum()), n_tokens)
             loss = reply_loss + loss
         stats["nonfinite_losses"] += float(not loss.isfinite())
         loss.backward()
-    return stats, now
-
-
-MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")
+    return stats, current
 
 
 def add_stats(stats: dict[str, float], prefix: str, part: dict[str, Tensor], count: int, total: float) -> None:
@@ -416,8 +414,8 @@ def add_stats(stats: dict[str, float], prefix: str, part: dict[str, Tensor], cou
 
 def summary(judge: Judge, cfg: Config, rollouts: list[Rollout], rewards: list[tuple[Tensor, Tensor]]) -> dict:
     """Means and shares over a step's answers on all ranks; each rank has its share of them, perhaps none."""
-    replies = torch.cat([torch.zeros(0), *(own.flatten() for own, _ in rewards)])
-    digits = torch.cat([torch.zeros(0, cfg.direct_replies), *(own for _, own in rewards)])
+    replies = torch.cat([torch.zeros(0), *(of_replies.flatten() for of_replies, _ in rewards)])
+    digits = torch.cat([torch.zeros(0, cfg.direct_replies), *(of_digits for _, of_digits in rewards)])
     spread = digits.std(1, correction=0)                                   # NaN without a label
     unparsed = sum(int(scores_written(judge, of_cohort)[0].isnan().sum())
                    for rollout in rollouts for of_cohort in rollout.replies)
@@ -445,15 +443,15 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
     rewards = [score(judge, cfg, rollout) for rollout in rollouts]
     clock.append(time.time())
     # 3. advantages
-    gains = [(advantages(replies), advantages(digits)) for replies, digits in rewards]
+    advantages = [(advantages_of(replies), advantages_of(digits)) for replies, digits in rewards]
     # 4. learn
     with torch.no_grad(), mllm.adapter_off(reference):
         of_reference = [logp_of(reference, rollout)[::2] for rollout in rollouts]
     of_sampler, skipped, bad = None, 0, 0.0
     set_lr(optimizers, min(1, (step + 1) / cfg.warmup_steps) * cosine(step / cfg.steps, FINAL_LR))
     for _ in range(cfg.updates_per_rollout):
-        stats, now = learn(judge, cfg, rollouts, gains, reference=of_reference, sampler=of_sampler)
-        of_sampler = of_sampler or now
+        stats, current = learn(judge, cfg, rollouts, advantages, reference=of_reference, sampler=of_sampler)
+        of_sampler = of_sampler or current
         bad += stats.pop("nonfinite_losses")
         norm, skip = update(trainable(judge.model), optimizers, GRAD_NORM, bad=bad)
         skipped += skip
@@ -466,13 +464,20 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
                skipped_updates=skipped, lr=optimizers["adamw"].param_groups[0]["lr"], **dict(zip(stats, sums)),
                seconds_sample=clock[1] - clock[0], seconds_score=clock[2] - clock[1],
                seconds_update=clock[3] - clock[2], peak_memory_gb=run.peak_memory_gb())
+    return row, examples_of(judge, rollouts, rewards)[:6]
+
+
+def examples_of(judge: Judge, rollouts: list[Rollout], rewards: list[tuple[Tensor, Tensor]]) -> list[dict]:
+    """The first reply with reasoning to each candidate, and what it earned."""
     examples = []
     for rollout, (reply_rewards, _) in zip(rollouts, rewards):
-        prompts = [(cohort.id, c, replies) for cohort, of_cohort in zip(rollout.cohorts, rollout.replies)
-                   for c, replies in enumerate(of_cohort)]
-        examples += [{"group": name, "candidate": c, "reply": mllm.reply_text(judge, replies[0]), "reward": float(earned[0])}
-                     for (name, c, replies), earned in zip(prompts, reply_rewards) if replies]
-    return row, examples[:6]
+        earned = iter(reply_rewards)
+        for cohort, of_cohort in zip(rollout.cohorts, rollout.replies):
+            for c, replies in enumerate(of_cohort):
+                first = next(earned)[:1].tolist()
+                examples += [{"group": cohort.id, "candidate": c, "reply": mllm.reply_text(judge, replies[0]),
+                              "reward": first[0]}] if first else []
+    return examples
 
 
 # evaluate ------------------------------------------------------------------------------------------------------

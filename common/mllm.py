@@ -99,7 +99,7 @@ class Judge:
         unused = range(len(self.tokenizer), self.net.lm_head.out_features)          # rows that pad the embedding
         banned = [*(vocabulary[t] for t in IMAGE_TOKENS if t in vocabulary), *unused]
         self.banned_ids = torch.tensor(banned, device=self.device)
-        self.kept_head = None
+        self.head_copy = None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -111,12 +111,12 @@ class Judge:
 
     @property
     def float_head(self) -> Tensor:
-        """The head's weight in float32; a copy of a frozen bfloat16 one is kept: at 7B, 2 GB once and not per call."""
+        """The head's weight in float32; of a frozen bfloat16 one a copy stays: at 7B, 2 GB once and not per call."""
         weight = self.net.lm_head.weight
         if weight.requires_grad or weight.dtype == torch.float32:
             return weight.float()
-        self.kept_head = weight.float() if self.kept_head is None else self.kept_head
-        return self.kept_head
+        self.head_copy = weight.float() if self.head_copy is None else self.head_copy
+        return self.head_copy
 
 
 def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def patch_features(judge: Judge, pixels: Tensor, grids: Tensor) -> list[Tensor]:
         output = judge.net.get_image_features(pixels.to(judge.device, judge.net.dtype), grids.to(judge.device),
                                               return_dict=True)
         stack = [output.pooler_output, *(output.get("deepstack_features") or ())]   # S x images x [tokens, D]
-        return [torch.cat(own, -1) for own in zip(*stack)]
+        return [torch.cat(of_image, -1) for of_image in zip(*stack)]
 
 
 def vision_output(judge: Judge, features: list[Tensor]) -> dict:
@@ -215,11 +215,11 @@ def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[n
     `groups_per_forward`: memory only.
     """
     digits = torch.arange(1, 10, device=judge.device, dtype=torch.float32)
-    sizes, scores = [len(own) for own in candidates], []
+    sizes, scores = [len(images) for images in candidates], []
     for g in range(0, len(lrs), groups_per_forward):
         part = slice(g, g + groups_per_forward)
-        features, grids = image_features(judge, [[lr, *own] for lr, own in zip(lrs[part], candidates[part])])
-        trees = [prompt_row(judge, own[0], own[1:]) for own in grids.split([1 + n for n in sizes[part]])]
+        features, grids = image_features(judge, [[lr, *images] for lr, images in zip(lrs[part], candidates[part])])
+        trees = [prompt_row(judge, of_group[0], of_group[1:]) for of_group in grids.split([1 + n for n in sizes[part]])]
         stems = [add_stems(judge, row, list(range(1, len(row)))) for row in trees]
         rows = collate(trees, judge.device)
         hidden = hidden_states(judge, rows, features)
@@ -267,13 +267,13 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         kinds = set(config.get_text_config().to_dict().get("layer_types") or ()) - {"full_attention"}
         if kinds:
             fail(f"model {source}: its decoder has {', '.join(sorted(kinds))} layers, where candidates that share "
-                     "a prefix would leak into each other; give a Qwen2.5-VL or Qwen3-VL")
+                 "a prefix would leak into each other; give a Qwen2.5-VL or Qwen3-VL")
         if config.model_type not in FAMILIES:
             fail(f"model {source} is a {config.model_type}; this code knows dense Qwen2.5-VL and Qwen3-VL")
-        model, told = AutoModelForImageTextToText.from_pretrained(        # what does not fit is refused below
+        model, info = AutoModelForImageTextToText.from_pretrained(        # what does not fit is refused below
             source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)
-        if unfit := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+        if unfit := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(unfit)} weights are missing or of another size, such as {unfit[0]}")
         processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)

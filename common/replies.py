@@ -63,6 +63,7 @@ def encode(judge: Judge, images: list[Images]) -> tuple[list[Tensor], Tensor]:
 
 
 def encode_images(judge: Judge, cohorts: list[Cohort], looks: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Features and grids of cohorts, shown as in turned."""
     return encode(judge, [look_at(judge, cohort, look) for cohort, look in zip(cohorts, looks)])
 
 

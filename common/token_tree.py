@@ -5,14 +5,11 @@ A segment attends to its ancestors and causally to itself, never to its siblings
 end of its parent. In exact arithmetic this equals one row per leaf, with the shared prefix computed once. It is right
 for softmax attention only: a recurrent or linear-attention decoder would leak from one sibling into the next.
 
-Shapes: B rows, L tokens in the longest row.
+Long rows attend branch by branch, so that what a dense mask would compute and throw away is not computed. A branch is a
+child of the root with all that hangs below it (a candidate, its stems and replies). Its tokens attend to the root and
+to the branch, never to another branch: C + 1 small attentions in place of one over the whole row.
 
-Attention over long token trees, branch by branch: what a dense mask would compute and throw away is not computed.
-
-A branch is a child of the root with all that hangs below it (a candidate, its stems and replies). Its tokens attend to
-the root and to the branch, never to another branch: C + 1 small attentions in place of one over the whole row.
-
-Shapes: B rows, L tokens in a row, H heads.
+Shapes: B rows, L tokens in the longest row, H heads.
 """
 from dataclasses import dataclass
 
@@ -94,10 +91,10 @@ def collate(rows: list[list[Segment]], device: torch.device) -> Rows:
 
 def path(row: list[Segment], leaf: int) -> list[int]:
     """Indices of the segments from the root to the leaf."""
-    found = [leaf]
-    while row[found[0]].parent >= 0:
-        found.insert(0, row[found[0]].parent)
-    return found
+    indices = [leaf]
+    while row[indices[0]].parent >= 0:
+        indices.insert(0, row[indices[0]].parent)
+    return indices
 
 
 def last_tokens(rows: Rows, segments: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -140,17 +137,17 @@ def branches(rows: Rows) -> list[Branch] | None:
     """The branches of all rows; None where rows are shorter than LONG."""
     if rows.ids.shape[1] < LONG:
         return None
-    found = []
+    result = []
     for b, tree in enumerate(rows.trees):
-        own: dict[int, list[int]] = {}
+        columns: dict[int, list[int]] = {}                      # of the root, 0, and of each of its children
         for s, segment in enumerate(tree):
-            first = (path(tree, s) + [0])[1] if s else 0        # the child of the root that it belongs to; 0: the root
-            own.setdefault(first, []).extend(range(rows.starts[b][s], rows.starts[b][s] + len(segment.ids)))
-        for first, columns in own.items():
-            queries = torch.tensor(columns, device=rows.ids.device)
-            keys = torch.tensor(own[0] + columns if first else columns, device=rows.ids.device)
-            found.append(Branch(b, queries, keys, rows.mask[b, 0][queries][:, keys]))
-    return found
+            child = path(tree, s)[1] if s else 0                # which child of the root the segment belongs to
+            columns.setdefault(child, []).extend(range(rows.starts[b][s], rows.starts[b][s] + len(segment.ids)))
+        for child, queries in columns.items():
+            keys = torch.tensor(columns[0] + queries if child else queries, device=rows.ids.device)
+            queries = torch.tensor(queries, device=rows.ids.device)
+            result.append(Branch(b, queries, keys, rows.mask[b, 0][queries][:, keys]))
+    return result
 
 
 def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -191,8 +191,8 @@ def test_rewards_gradients_and_logged_numbers_of_a_step_equal_plain_loops(judges
     judge.model.requires_grad_(True).zero_grad()
     with torch.no_grad():
         of_reference = [stage.logp_of(reference, rollout)[::2] for rollout in rollouts]
-    gains = [tuple(map(stage.advantages, pair)) for pair in rewards]
-    stats, _ = stage.learn(judge, cfg, rollouts, gains, reference=of_reference, sampler=None)
+    advantages = [tuple(map(stage.advantages_of, pair)) for pair in rewards]
+    stats, _ = stage.learn(judge, cfg, rollouts, advantages, reference=of_reference, sampler=None)
     assert stats["ratio_max"] == 1 and stats["nonfinite_losses"] == 0 < stats["ref_kl"]
     ours = {name: p.grad.clone() for name, p in judge.net.named_parameters() if p.grad is not None}
     judge.model.zero_grad()
