@@ -27,6 +27,7 @@ SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.pn
 SAME_SCENE = {"motorcycle_left": "motorcycle", "motorcycle_right": "motorcycle"}    # two cameras, one source
 FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
            "lanczos": Image.LANCZOS}
+LUMA = np.array([0.299, 0.587, 0.114])      # ITU-R BT.601
 HEADER = 18                         # px, height of the line of column titles
 GAP = 4                             # px between cells
 
@@ -130,8 +131,8 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """Brightness of [H, W, 3] in its own range, float64 [H, W] (ITU-R BT.601)."""
-    return image @ np.array([0.299, 0.587, 0.114])
+    """Brightness of [H, W, 3] in its own range, float64 [H, W]."""
+    return image @ LUMA
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from common import grpo, run
 from common.config import fail
+from common.images import LUMA
 
 SAMPLERS = ("ddim", "sde", "cps")
-LUMA = (0.299, 0.587, 0.114)        # ITU-R BT.601
 CONTRAST_FLOOR = 2 / 255            # about the noise of an 8-bit JPEG
 CONTRAST_POWER = 0.7                # detail is taken to grow with this power of LR's local contrast
 CONDITION_CHANNELS = 7              # of condition()
@@ -190,8 +190,8 @@ def adapter_off(policy: "Policy") -> AbstractContextManager:
 
 # the small policy: its latent ------------------------------------------------------------------------------------
 
-def luma(image: Tensor) -> Tensor:
-    """[B, 3, h, w] -> [B, 1, h, w]."""
+def gray(image: Tensor) -> Tensor:
+    """Luma of [B, 3, h, w]: [B, 1, h, w]."""
     return (image * image.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
@@ -207,14 +207,14 @@ def local_mean(image: Tensor) -> Tensor:
 
 def contrast(lr: Tensor) -> Tensor:
     """Standard deviation of luma in 3 x 3 px of LR [B, 3, h, w], with a floor: [B, 1, h, w]."""
-    y = luma(lr)
+    y = gray(lr)
     return ((local_mean(y ** 2) - local_mean(y) ** 2).clamp(min=0) + CONTRAST_FLOOR ** 2).sqrt()
 
 
 def detail_patches(hr: Tensor, lr: Tensor) -> Tensor:
     """Luma detail of HR [B, 3, H, W] in units of contrast(LR) ** CONTRAST_POWER, pixel-unshuffled: [B, C, h, w]."""
     scale = hr.shape[-1] // lr.shape[-1]
-    return F.pixel_unshuffle(luma(hr - upsample(lr, scale)), scale) / contrast(lr) ** CONTRAST_POWER
+    return F.pixel_unshuffle(gray(hr - upsample(lr, scale)), scale) / contrast(lr) ** CONTRAST_POWER
 
 
 def condition(lr: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class Policy(nn.Module):
         run.write_json(folder / "sampler.json", asdict(self.sampler))
 
 
-def new_policy(hr: Tensor, lr: Tensor, *, steps: int, channels: list[int], layers: int, seed: int) -> Policy:
+def new_policy(hr: Tensor, lr: Tensor, *, steps: int, channels: list[int], seed: int) -> Policy:
     """An untrained small policy; its latent space fits training pairs HR [N, 3, H, W], LR [N, 3, h, w] in 0..1."""
     sampler, levels, (height, width) = fit_sampler(hr, lr, steps=steps), len(channels), lr.shape[-2:]
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
@@ -296,7 +296,7 @@ def new_policy(hr: Tensor, lr: Tensor, *, steps: int, channels: list[int], layer
     latent = len(sampler.basis)
     torch.manual_seed(run.stable_seed(seed, "weights"))         # diffusers draws from torch's own generator
     unet = UNet2DModel(sample_size=(height, width), in_channels=latent + CONDITION_CHANNELS, out_channels=latent,
-                       block_out_channels=channels, layers_per_block=layers, norm_num_groups=8,
+                       block_out_channels=channels, layers_per_block=1, norm_num_groups=8,
                        down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
                        attention_head_dim=32)                           # attention on the lowest level only
     for p in unet.conv_out.parameters():

@@ -95,11 +95,11 @@ def count_bad_steps(count: int, reason: str, *, folder: Path, step: int) -> int:
     """
     How many steps in a row were of no use: 0 without a reason, else count + 1; the third stops the run on all ranks.
 
-    reason: why this step's update was skipped, in words; empty if it was not.
+    reason: why this step was of no use, in words; empty if it was of use.
     """
     if not reason:
         return 0
-    dist.print0(f"step {step}: the update was skipped: {reason}")
+    dist.print0(f"step {step} was of no use: {reason}")
     if count == 2:
         last = ["none yet", *list_checkpoints(folder)][-1]
         fail(f"{folder}: three steps in a row without a usable update ({reason}); last good checkpoint: {last}; "

@@ -306,7 +306,7 @@ def sr_training(rounds: int) -> dict[str, list[float]]:
     groups = [make_images(i, 64, 64, count=1) for i in range(2)]
     lr, hr = (torch.tensor(np.stack(own)).permute(0, 3, 1, 2) / 255 for own in zip(*groups))
     judge = build_small(load_stage("02").Config(run=""), [list(group) for group in groups], torch.device("cpu"))
-    policy, reference = (sr_policy.new_policy(hr, lr, steps=20, channels=[32, 64], layers=1, seed=0).eval()
+    policy, reference = (sr_policy.new_policy(hr, lr, steps=20, channels=[32, 64], seed=0).eval()
                          for _ in range(2))
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=1e-6)
 

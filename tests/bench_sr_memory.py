@@ -48,7 +48,7 @@ def measure(changes: dict) -> dict:
         for name, side in (("hr", 128), ("lr", 32)):
             write_png(Path(folder) / f"{name}.png", rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
         lr, hr = (image_batch(Path(folder), groups, key) for key in ("lr", "hr"))
-    policy = sr_policy.new_policy(hr, lr, steps=cfg.denoise_steps, channels=cfg.channels, layers=cfg.layers, seed=0)
+    policy = sr_policy.new_policy(hr, lr, steps=cfg.denoise_steps, channels=cfg.channels, seed=0)
     policy, reference = stage.with_reference(cfg, policy.eval().requires_grad_(False))
     optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-4)
     rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)

@@ -87,20 +87,9 @@ def test_nan_in_the_padding_changes_nothing():
     gradient, = torch.autograd.grad(loss, data["logp"])
     assert torch.equal(loss, clean) and torch.equal(gradient, clean_gradient) and stats == clean_stats
     assert (gradient[~data["mask"]] == 0).all()
-
-
-def test_maxima_leave_the_padding_out():
-    mask = torch.tensor([[True, False]])
-    _, stats = grpo.grpo_loss(torch.tensor([[-1.0, 0]]), torch.zeros(1, 2), torch.ones(1), mask=mask, **CLIP)
-    assert stats["ratio_max"] == pytest.approx(math.exp(-1)) and stats["log_ratio_max_abs"] == 1
-
-
-def test_nothing_but_padding_gives_zero():
-    data = batch(3)
-    data["mask"] = torch.zeros_like(data["mask"])
-    loss, _ = grpo.grpo_loss(**data, kl_weight=0.5, **CLIP)
-    gradient, = torch.autograd.grad(loss, data["logp"])
-    assert loss == 0 and (gradient == 0).all()
+    data["mask"] = torch.zeros_like(data["mask"])                           # nothing but padding
+    loss, stats = grpo.grpo_loss(**data, kl_weight=0.5, **CLIP)
+    assert loss == 0 and not torch.autograd.grad(loss, data["logp"])[0].any() and stats["ratio_max"] == 0
 
 
 @pytest.mark.parametrize("parts", [[1, 4], [2, 2, 1], [1, 1, 1, 1, 1]])
@@ -244,33 +233,3 @@ def test_gaussian_is_float32_inside():
 def test_gaussian_refuses_what_has_no_density(size, std):
     with pytest.raises(AssertionError):
         grpo.gaussian_logp(torch.zeros(size, 3), torch.zeros(2, 3), std)
-
-
-# together --------------------------------------------------------------------------------------------------
-
-def test_a_two_armed_bandit_is_learned():
-    logits = torch.zeros(2, requires_grad=True)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
-        actions = (torch.rand(8, generator=generator) < logits.detach().softmax(0)[1]).long()   # [K]
-        rewards = actions + 0.5 * torch.randn(8, generator=generator)                   # arm 1 is better
-        advantages = grpo.group_advantages(rewards[None]).flatten()                     # [K]
-        old_logp = logits.detach().log_softmax(0)[actions][:, None]                     # [K, T=1]
-        for _ in range(2):                                          # the second update is off-policy
-            loss, _ = grpo.grpo_loss(logits.log_softmax(0)[actions][:, None], old_logp, advantages, **CLIP)
-            gradient, = torch.autograd.grad(loss, logits)
-            logits.data -= 0.5 * gradient
-    assert logits.softmax(0)[1] > 0.9
-
-
-def test_a_gaussian_policy_moves_to_the_reward():
-    mean = torch.zeros(1, 3, requires_grad=True)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        x = mean.detach() + 0.3 * torch.randn(16, 3, generator=generator)                       # [K, D]
-        advantages = grpo.group_advantages(-(x - 1).square().sum(dim=1)[None]).flatten()
-        logp = grpo.gaussian_logp(x, mean.expand(16, 3), 0.3)[:, None]                          # [K, T=1]
-        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantages, **CLIP)
-        gradient, = torch.autograd.grad(loss, mean)
-        mean.data -= 0.1 * gradient
-    torch.testing.assert_close(mean.detach(), torch.ones(1, 3), atol=0.15, rtol=0)
