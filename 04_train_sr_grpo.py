@@ -467,6 +467,8 @@ def main(cfg: Config) -> None:
         reason = f"a loss or gradient is not finite, {row['skipped_updates']} times" if row["skipped_updates"] else ""
         if row["bad_rewards"] == cfg.inputs_per_step * cfg.samples_per_input:
             reason = "no reward is finite"
+        if reason:
+            bar.clear()                                                 # or the message hangs on its line
         state["bad"] = count_bad_steps(state["bad"], reason, folder=folder, step=step)
         if done % cfg.save_every == 0:
             save_checkpoint(folder, done, weights=named(policy=weights, averaged=averaged, best=best),

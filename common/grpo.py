@@ -1,5 +1,6 @@
 """
-GRPO for anything that acts: group advantages, the clipped loss, and the log-probability of a diffusion step.
+GRPO for anything that acts: group advantages, the clipped loss, the log-probability of a diffusion step; and a ranking
+reward for a model that scores the candidates of one LR image.
 
 Copy this file into your project: it needs torch and nothing else. One vocabulary for every shape:
 
@@ -16,12 +17,6 @@ of a diffusion model: the loss is the same. All arithmetic is float32, whatever 
 Sources: GRPO arXiv 2402.03300; the clipped ratio (PPO) arXiv 1707.06347, with two limits arXiv 2503.14476;
 constant denominator (Dr. GRPO) arXiv 2503.20783; denoising as actions (DDPO) arXiv 2305.13301; the KL
 estimate k3 http://joschu.net/blog/kl-approx.html.
-
-Ranking rewards for a model that scores the candidates of one LR image. Needs torch only.
-
-Shapes: C candidates of one LR image, K replies to each, any leading axes. scores [.., C, K]: NaN, not parsed. ranks
-[.., C]: 1 best, ties allowed, NaN no label; targets [.., C]: wanted scores, NaN likewise. A reward is the mean over the
-other candidates z of the same LR image; NaN where the reply has no score or the axis no label.
 """
 import math
 
@@ -33,10 +28,9 @@ def group_advantages(
     rewards: torch.Tensor,          # [G, K]  NaN means "no reward", e.g. a reply that could not be parsed
     *,
     std_floor: float = 1e-4,        # in units of reward: a spread below it is not blown up to 1
-    std: float | None = None,       # divide by this instead: 1 (Dr. GRPO), or the std of the whole batch
 ) -> torch.Tensor:                  # [G, K]  float32
     """
-    Return (reward - mean) / max(std, std_floor), with mean and, unless given, population std of each row.
+    Return (reward - mean) / max(std, std_floor), with mean and population std of each row.
 
     Samples without a reward are left out of their row's statistics and get 0. A row with equal rewards, or
     fewer than two, is all zeros: it teaches nothing. Raises ValueError for an infinite reward.
@@ -53,8 +47,8 @@ def group_advantages(
     shifted = torch.where(valid, rewards - largest, 0.0)                        # equal rewards: exactly 0
     mean = shifted.sum(dim=1, keepdim=True) / count                             # [G, 1]
     centered = torch.where(valid, shifted - mean, 0.0)                          # [G, K]
-    own = (centered.square().sum(dim=1, keepdim=True) / count).sqrt().clamp(min=std_floor)  # [G, 1]
-    return centered / (own if std is None else max(std, std_floor))
+    std = (centered.square().sum(dim=1, keepdim=True) / count).sqrt()           # [G, 1]
+    return centered / std.clamp(min=std_floor)
 
 
 def grpo_loss(
@@ -67,7 +61,7 @@ def grpo_loss(
     clip_low: float,                        # the ratio counts down to 1 - clip_low where the advantage is < 0
     clip_high: float,                       # and up to 1 + clip_high where it is > 0
     kl_weight: float = 0.0,                 # weight of KL(policy || reference)
-    denominator: float | torch.Tensor | None = None,    # what the sum over actions is divided by, or [B] each's
+    denominator: float | torch.Tensor | None = None,    # what the sum over actions is divided by
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Return the loss (0-d, has the gradient of logp only) and stats about this micro-batch.
@@ -78,8 +72,7 @@ def grpo_loss(
 
     denominator: pass the number of actions in the whole step, over all micro-batches and GPUs, and *sum* the
     gradients: the result is the same for any split (DDP averages: multiply the loss by the world size).
-    samples * T_max is Dr. GRPO. None: the actions of this micro-batch. [B], each sample's length * samples: the
-    mean inside each sample first, then over samples, as GRPO has it.
+    samples * T_max is Dr. GRPO. None: the actions of this micro-batch.
     stats: detached 0-d tensors, maxima or means over unmasked actions: policy_kl = KL(old || policy), ref_kl,
     clip_frac_low and clip_frac_high (actions whose gradient the clip removed), ratio_max, log_ratio_max_abs.
     """
@@ -104,9 +97,7 @@ def grpo_loss(
     ref_logp = logp if ref_logp is None else torch.where(mask, ref_logp.float(), 0.0)       # [B, T]
     ref_gap = ref_logp.detach() - logp                                      # [B, T]  zeros: no reference
     ref_kl = ref_gap.exp() - ref_gap - 1                                    # [B, T]
-    over = [1] if torch.is_tensor(denominator) and denominator.ndim == 1 else [0, 1]
-    total = kl_weight * ref_kl.sum(dim=over) - gain.sum(dim=over)           # [B] if each has a denominator, or 0-d
-    loss = (total / (count if denominator is None else denominator)).sum()  # 0-d
+    loss = (kl_weight * ref_kl.sum() - gain.sum()) / (count if denominator is None else denominator)    # 0-d
     with torch.no_grad():
         stats = {
             "policy_kl": (ratio - 1 - log_ratio).sum() / count,             # k3
@@ -157,6 +148,9 @@ def gaussian_kl(
 def thurstone(scores: Tensor, ranks: Tensor, std_floor: float) -> Tensor:
     """
     Ranking reward of every reply, in 0..1, NaN where the reply has no score or the axis no label: like scores.
+
+    scores: [.., C, K] of K replies to each of C candidates of one LR image, NaN: not parsed; any leading axes. ranks:
+    [.., C], 1 best, ties allowed, NaN: no label.
 
     A score q of candidate i meets the scores of each other candidate z: by Thurstone's model
     p = Phi((q - mean_z) / sqrt(var_i + var_z + std_floor^2)) is the chance that i is better. The reward is the

@@ -69,7 +69,8 @@ def draw(seed: int, count: int) -> torch.Tensor:
 
 
 def neighbors(levels: torch.Tensor, index: int) -> dict[str, sr_policy.Level]:
-    return {"now": sr_policy.at(levels, torch.tensor([index])), "after": sr_policy.at(levels, torch.tensor([index + 1]))}
+    now, after = (sr_policy.at(levels, torch.tensor([i])) for i in (index, index + 1))
+    return {"now": now, "after": after}
 
 
 def flow_grpo(x: float, v: float, sigma: float, after: float, first: float, a: float) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from common.config import load_config
 from common.images import to_pixels, write_png
 from common.training import copied, trainable
 from conftest import ROOT, build_judge, load_stage, run_stage
-from test_sr_policy import add_lora, images, LATENT, noise, shrink, STEPS, tiny_policy
+from test_sr_policy import images, LATENT, noise, shrink, STEPS, tiny_policy
 
 NAN, INF = math.nan, math.inf
 STAGE = load_stage("04")
@@ -181,7 +181,7 @@ def test_grpo_raises_a_simple_reward_and_touches_trained_weights_only(lr, rank):
 
 def test_kl_is_zero_at_the_start_and_pulls_back(lr):
     policy, cfg = tiny_policy(), settings(lora_rank=0, kl_weight=1.0)
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), torch.optim.SGD(policy.unet.parameters(), lr=0.0)
+    reference, optimizer = tiny_policy(), torch.optim.SGD(policy.unet.parameters(), lr=0.0)
     row = one_step(policy, reference, cfg, lr, optimizer=optimizer, advantages=torch.zeros(16))
     assert row["ref_kl"] == 0 and row["grad_norm"] == 0                 # nothing to learn
     with torch.no_grad():
@@ -315,7 +315,8 @@ def test_04_leaves_what_it_promises(tuned):
     folder = tuned / "04_train_sr_grpo"
     results, rows = run.read_json(folder / "manifest.json")["results"], rows_of(folder)
     assert results["ratio_error_max"] < 1e-5 and results["reward_end"] >= results["reward_start"]
-    assert results["heldout_end"] >= results["heldout_start"] and results["lr_psnr_end"] > results["lr_psnr_start"] - 0.3
+    assert results["heldout_end"] >= results["heldout_start"]
+    assert results["lr_psnr_end"] > results["lr_psnr_start"] - 0.3
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[0]["ref_kl"] == 0 < rows[3]["ref_kl"]
     assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_heldout"} <= set(rows[1])
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_000{i}.png" for i in (0, 2, 4)]
@@ -413,7 +414,7 @@ def test_the_judge_of_another_run_scores_and_another_cold_start_is_refused(toy_c
     (tmp_path / "own" / "01_build_dataset").symlink_to(tuned / "01_build_dataset")
     shutil.copytree(tuned / "04_train_sr_grpo" / "cold_start", tmp_path / "own" / "04_train_sr_grpo" / "cold_start")
     results = tune(toy_config, tuned, tmp_path / "own", f"judge={tuned / '02_train_reward'}", "steps=0")
-    assert results["reward_start"] == run.read_json(tuned / "04_train_sr_grpo" / "manifest.json")["results"]["reward_start"]
+    assert results["reward_start"] == run.read_json(tuned / "04_train_sr_grpo/manifest.json")["results"]["reward_start"]
     for override, message in (("channels=64", "channels=[32]"), ("denoise_steps=5", "denoise_steps=4")):
         with pytest.raises(SystemExit):
             tune(toy_config, tuned, tmp_path / override, "steps=0", override)
