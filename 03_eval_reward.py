@@ -60,6 +60,7 @@ RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge'
 OVERALL = AXES.index("overall")
 SHOWN = AXES[::-1]                      # order of the axes in tables
 EXAMPLES = 5                            # rows of examples.png and of probes.png
+SORTED = "Sorted by the judge, its best first; frames show the label, from green = best to red = worst"
 MAX_REPLY_TOKENS = 64                   # for a judge that came without stage 02
 
 
@@ -506,8 +507,8 @@ def main(cfg: Config) -> None:
             texts = {groups[g]["id"]: row for g, row in zip(chosen, written)}
             results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
                 sampled, scores["judge"][chosen], ranks[chosen], cfg.seed)
-        pictures = {"Sorted by the judge": examples(source, groups, scores["judge"], ranks)}
-        write_png(folder / "examples.png", pictures["Sorted by the judge"])
+        pictures = {SORTED: examples(source, groups, scores["judge"], ranks)}
+        write_png(folder / "examples.png", pictures[SORTED])
         if probed is not None:
             results["probes"] = probe_rates(probed, cfg.seed)
             pictures["Hacking probes"] = probe_sheet(source, with_hr, probed, cfg.seed)
