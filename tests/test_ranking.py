@@ -13,9 +13,9 @@ import torch
 
 from common import metrics, mllm, ranking, run
 from common.config import load_config
-from common.images import grid, read_image, write_png
+from common.images import read_image, write_png
 from common.ranking import BICUBIC
-from conftest import load_stage, make_images, run_stage
+from conftest import load_stage, make_images
 
 SIZES = {"a": (32, 32), "b": (32, 48), "c": (64, 96), "sub/d": (24, 20)}        # of outputs; judged crops are 32 px
 
@@ -76,26 +76,6 @@ def test_what_a_ranking_leaves_behind(toy_run, toy_config, folders, tmp_path):
     slow = np.mean([mllm.expected_scores(judge, [a], [[b]])[0, 0].numpy() for a, b in parts], axis=0)
     line = next(line for line in lines if line["image"] == "c" and line["method"] == "soft")
     assert line["crops"] == "6" and [float(line[axis]) for axis in metrics.AXES] == pytest.approx(slow, abs=2e-4)
-
-
-def test_two_processes_rank_as_one_does(toy_run, toy_config, folders, tmp_path):
-    rank(arguments(toy_run, toy_config, folders))
-    done = run_stage("03", *arguments(toy_run, toy_config, folders, f"out={tmp_path / 'two'}"), processes=2)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(table_of(tmp_path / "out"), table_of(tmp_path / "two"), strict=True):
-        assert a["image"] == b["image"] and float(a["overall"]) == pytest.approx(float(b["overall"]), abs=2e-4)
-
-
-def test_crops_cover_an_image_evenly_and_never_leave_it():
-    for height, width, side, limit in ((16, 16, 16, 64), (40, 100, 16, 1000), (7, 50, 16, 64), (16, 16, 16, 1)):
-        seen = np.zeros((height, width), int)
-        for y, x in grid(height, width, side, limit):
-            assert 0 <= y <= max(0, height - side) and 0 <= x <= max(0, width - side)
-            seen[y:y + side, x:x + side] += 1
-        assert seen.min() >= 1
-    for height, width, limit in ((512, 512, 64), (512, 2000, 64), (2000, 30, 7), (300, 300, 1), (100, 3000, 5)):
-        corners = grid(height, width, 16, limit)
-        assert limit / 2 <= len(corners) <= limit and len(set(corners)) == len(corners)
 
 
 def test_a_method_that_lacks_an_image_is_compared_on_the_others_only():
