@@ -198,7 +198,7 @@ def common_scores(label: dict) -> list[float]:
     """
     A label's scores, if those of different groups compare; else [].
 
-    Strengths and win shares from votes do not: one group's are spread wider than another's where more votes were cast.
+    Strengths from people's votes do not: one group's are spread wider than another's where more votes were cast.
     """
     return [] if label.get("scale") == "group" else label.get("scores") or []
 
@@ -233,7 +233,8 @@ def leave_out(groups: list[dict], names: list[str]) -> list[dict]:
     result = []
     for group in groups:
         rest = [c for c, candidate in enumerate(group["candidates"]) if not has_method(candidate, names)]
-        labels = {axis: label | {key: [label[key][c] for c in rest] for key in ("ranks", "scores") if label.get(key)}
+        labels = {axis: label | {key: [label[key][c] for c in rest] for key in ("ranks", "scores", "votes")
+                                 if label.get(key)}
                   for axis, label in group["labels"].items()}
         if len(rest) > 1:
             result.append(group | {"candidates": [group["candidates"][c] for c in rest], "labels": labels})

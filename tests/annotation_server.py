@@ -1,9 +1,6 @@
-"""For the tests of the annotation page: a copy of a toy data set, and the page in this process or by the real command."""
+"""For the tests of the annotation page: requests, and the page in this process."""
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -14,7 +11,6 @@ from urllib.parse import quote
 
 from common import annotate
 from common.groups import all_groups
-from conftest import ROOT
 
 
 def copy_toy(toy_run: Path, folder: Path) -> Path:
@@ -51,41 +47,10 @@ class Client:
                                    "seconds": 2.5})
 
 
-class Command(Client):
-    """`annotate=true` in a process of its own, on the data set in `folder`."""
-
-    def __init__(self, config: Path, folder: Path, *settings: str):
-        command = [sys.executable, "01_build_dataset.py", str(config), f"run={folder.parent}", "annotate=true"]
-        self.process = subprocess.Popen([*command, *settings], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
-        printed = []
-        for line in self.process.stdout:
-            printed.append(line)
-            if line.startswith("open "):
-                return super().__init__(line.split()[1])
-        raise AssertionError("".join(printed) + self.process.stderr.read())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *keys):
-        self.stop(signal.SIGKILL)
-
-    def stop(self, how: signal.Signals = signal.SIGINT) -> str:
-        """Its last words."""
-        self.process.send_signal(how)
-        return self.process.communicate(timeout=60)[0]
-
-
-def heed_interrupts() -> None:
-    """Shells start background jobs with SIGINT ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @contextmanager
-def serving(folder: Path, shown: int = 2, per_split: int = 2):
-    """The page in this process; yields a client."""
-    page = annotate.Page(folder, all_groups(folder), seed=0, shown=shown, per_split=per_split)
+def serving(folder: Path, shown: int = 2):
+    """The page about two LR images per split, in this process; yields a client."""
+    page = annotate.Page(folder, all_groups(folder), seed=0, shown=shown, per_split=2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), annotate.Handler)
     server.page = page
     threading.Thread(target=server.serve_forever, daemon=True).start()

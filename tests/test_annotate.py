@@ -7,21 +7,24 @@ import http.client
 import itertools
 import json
 import math
-import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from annotation_server import Command, copy_toy, read_lines, serving
+from annotation_server import Client, copy_toy, read_lines, serving
 from common import annotate, metrics
+from common.config import load_config
 from common.groups import all_groups, load_cohorts
 from common.images import read_image, resize
-from conftest import run_stage
+from conftest import ROOT, load_stage, run_stage
 
 GROUPS = {f"g{i}": [f"g{i}_{c}" for c in range(4)] for i in range(5)}
 RECORDS = [{"id": name, "lr": f"{name}.png", "candidates": [{"id": c, "path": f"{c}.png"} for c in members]}
@@ -298,48 +301,76 @@ def test_several_annotators_at_once_lose_nothing_and_undo_takes_back_the_own_las
 
 # the real command --------------------------------------------------------------------------------------------
 
-def test_kill_9_loses_nothing_and_the_same_command_goes_on(folder, toy_config):
-    with Command(toy_config, folder) as server:
-        assert urlsplit(server.base).hostname == "127.0.0.1"
-        state = server.task("ann")
+@pytest.fixture
+def build(folder, toy_config, capfd):
+    """Run stage 01 on `folder` in this process: (exit status, stderr)."""
+    def call(*settings):
+        module, code = load_stage("01"), 0
+        values = [str(toy_config), f"run={folder.parent}", *settings]
+        try:
+            module.main(load_config(module.Config, module.__file__, values))
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capfd.readouterr().err
+    return call
+
+
+@contextmanager
+def command(folder, toy_config):
+    """`annotate=true` in a process of its own: a client with its `process`."""
+    process = subprocess.Popen([sys.executable, "01_build_dataset.py", str(toy_config), f"run={folder.parent}",
+                                "annotate=true"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        client = Client(next(row for row in process.stdout if row.startswith("open ")).split()[1])
+        client.process = process
+        yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_kill_9_loses_nothing_and_the_same_command_goes_on(folder, toy_config, build):
+    with command(folder, toy_config) as client:
+        assert urlsplit(client.base).hostname == "127.0.0.1"
+        state = client.task("ann")
         for _ in range(7):
-            assert server.task("ann") == state, "a reload shows the same"
-            status, state = server.answer("ann", state["task"], [2, 1])
+            assert client.task("ann") == state, "a reload shows the same"
+            status, state = client.answer("ann", state["task"], [2, 1])
             assert status == 200
-        server.stop(signal.SIGKILL)
+        client.process.kill()
     lines = read_lines(folder)
     with open(folder / annotate.LOG, "a") as log:
         log.write('{"id": "half')                                           # as if the machine had gone down
-    with Command(toy_config, folder) as server:
-        after = server.task("ann")
+    with command(folder, toy_config) as client:
+        after = client.task("ann")
         assert [after["task"][key] for key in ("id", "axis")] == [state["task"][key] for key in ("id", "axis")]
         assert after["progress"] == state["progress"] and after["progress"]["mine"] == 4
-        assert server.answer("ann", after["task"], None)[0] == 200
-        second = run_stage("01", toy_config, f"run={folder.parent}", "annotate=true")
-        assert second.returncode == 2 and "in use" in second.stderr and second.stderr.count("\n") == 1
-        words = server.stop()
+        assert client.answer("ann", after["task"], None)[0] == 200
+        code, error = build("annotate=true")
+        assert code == 2 and "in use" in error
+        client.process.send_signal(signal.SIGINT)
+        words = client.process.communicate(timeout=60)[0]
         assert "8 lines" in words and "labels=human" in words
     assert read_lines(folder)[:7] == lines and len(read_lines(folder)) == 8
 
 
-def test_judgements_become_labels_that_02_and_03_take_and_the_built_ones_come_back(folder, toy_config, capsys):
+def test_judgements_become_labels_that_02_and_03_take_and_the_built_ones_come_back(folder, toy_config, build):
     """Some LR images are judged on one axis only, and some not at all."""
-    def build(*settings):
-        return run_stage("01", toy_config, f"run={folder.parent}", *settings)
-
     before = {name: (folder / name).read_bytes() for name in ("groups.jsonl", "manifest.json", "contact_sheet.png")}
-    early = build("labels=human")
-    assert early.returncode == 2 and "annotate=true" in early.stderr and early.stderr.count("\n") == 1
-    groups, expected = all_groups(folder), {}
+    code, error = build("labels=human")
+    assert code == 2 and "annotate=true" in error
+    expected = {}
     with annotate.open_log(folder / annotate.LOG) as log:
-        for number, group in enumerate(groups):
+        for number, group in enumerate(all_groups(folder)):
             names = [one["id"] for one in group["candidates"]]
             for axis in annotate.ASKED[:1 if group["id"].endswith("00000") else 2] if number % 7 != 6 else ():
                 ranks = metrics.ranks(group["labels"][axis]["scores"], 0.02)
                 expected[group["id"], axis] = ranks
                 said = line("ann", group["id"], names, axis, ranks, pictures=annotate.pictures_of(group))
                 annotate.append(log, {key: value for key, value in said.items() if key not in ("id", "time")})
-    assert build("labels=human").returncode == 0
+    assert build("labels=human")[0] == 0
+    human = (folder / "groups.jsonl").read_bytes()
     labels = {group["id"]: group["labels"] for group in all_groups(folder)}
     assert {(name, axis): labels[name][axis]["ranks"] for name, axis in expected} == expected
     assert {tuple(label) for label in labels.values()} == {(), ("consistency",), metrics.AXES}
@@ -350,13 +381,12 @@ def test_judgements_become_labels_that_02_and_03_take_and_the_built_ones_come_ba
     for number, settings in (("02", ("cold_start_steps=2", "steps=1")), ("03", ("sampled_groups=0",))):
         done = run_stage(number, toy_config, f"run={folder.parent}", *settings)
         assert done.returncode == 0, done.stderr[-2000:]
-    human = (folder / "groups.jsonl").read_bytes()
-    assert build("labels=human").returncode == 0 and (folder / "groups.jsonl").read_bytes() == human, "again: the same"
-    assert build("labels=proxy").returncode == 0
+    assert build("labels=human")[0] == 0 and (folder / "groups.jsonl").read_bytes() == human, "again: the same"
+    assert build("labels=proxy")[0] == 0
     assert {name: (folder / name).read_bytes() for name in before} == before, "and back, byte by byte"
 
 
-def test_a_log_of_another_build_and_wrong_settings_are_refused(folder, toy_config):
+def test_a_log_of_another_build_and_wrong_settings_are_refused(folder, build):
     group = all_groups(folder)[0]
     said = line("ann", group["id"], [one["id"] for one in group["candidates"]], "consistency", [1, 2, 3, 4])
     (folder / annotate.LOG).write_text(json.dumps(said) + "\n")
@@ -364,6 +394,5 @@ def test_a_log_of_another_build_and_wrong_settings_are_refused(folder, toy_confi
                             (("annotate=true",), "judgements.jsonl line 1"),
                             (("annotate=true", "tie_margin=0.3"), "tie_margin: 0.05 -> 0.3"),
                             (("annotate_show=3",), "annotate_show"), (("labels=people",), "labels should be")):
-        done = run_stage("01", toy_config, f"run={folder.parent}", *settings)
-        assert done.returncode == 2 and words in done.stderr, (settings, done.stderr)
-    shutil.rmtree(folder)
+        code, error = build(*settings)
+        assert code == 2 and words in error, (settings, error)
