@@ -80,32 +80,25 @@ def test_precedence(toy):
 
 
 @pytest.mark.parametrize("key, text, value", [
-    ("lr", "1e-4", 1e-4), ("lr", "3", 3.0), ("lr", "-.5", -0.5), ("steps", "7", 7), ("strict", "true", True),
-    ("strict", "False", False), ("strict", "yes", True), ("limit", "none", None), ("limit", "2.5", 2.5),
-    ("name", "a=b=c", "a=b=c"), ("name", "1e-4", "1e-4"), ("sources", "rocket, camera", ["rocket", "camera"]),
-    ("sources", "", []), ("sizes", "64,32", [64, 32])])
-def test_command_line_values_take_the_type_of_their_field(toy, key, text, value):
-    result = vars(toy("run: a\n", f"{key}={text}"))[key]
-    assert (result, type(result)) == (value, type(value))
+    ("lr", "1e-4", 1e-4), ("lr", "3", 3.0), ("steps", "7", 7), ("strict", "off", False), ("strict", "True", True),
+    ("limit", "none", None), ("limit", "2.5", 2.5), ("name", "'1e-4'", "1e-4"), ("name", "a=b=c", "a=b=c"),
+    ("sources", "rocket, camera", ["rocket", "camera"]), ("sizes", "64,32", [64, 32]), ("sources", "''", [])])
+def test_values_take_the_type_of_their_field(toy, key, text, value):
+    for cfg in (toy(f"run: a\n02_train_reward:\n  {key}: {text}\n"), toy("run: a\n", f"{key}={text.strip(chr(39))}")):
+        assert (vars(cfg)[key], type(vars(cfg)[key])) == (value, type(value))
 
 
-@pytest.mark.parametrize("key, text, value", [
-    ("lr", "1e-4", 1e-4), ("lr", "3", 3.0), ("steps", "7", 7), ("strict", "off", False), ("limit", "", None),
-    ("limit", "none", None), ("limit", "1e-4", 1e-4), ("name", "'1e-4'", "1e-4"), ("sources", "one", ["one"]),
-    ("sources", "[a, 'b, c']", ["a", "b, c"]), ("sizes", "[3, '4']", [3, 4]), ("sizes", "[]", [])])
-def test_yaml_values_take_the_type_of_their_field(toy, key, text, value):
-    result = vars(toy(f"run: a\n02_train_reward:\n  {key}: {text}\n"))[key]
-    assert (result, type(result)) == (value, type(value))
+def test_yaml_lists_and_nothing(toy):
+    cfg = toy("run: a\n02_train_reward: {sources: [a, 'b, c'], sizes: [3, '4'], limit: }")
+    assert (cfg.sources, cfg.sizes, cfg.limit) == (["a", "b, c"], [3, 4], None)
 
 
 @pytest.mark.parametrize("text, override, words", [
     ("run: a", "stepz=3", ["command line", "'stepz'", "'steps'", "--help"]),
-    ("run: a\n02_train_reward:\n  learning: 1", "", ["02_train_reward", "'learning'"]),
     ("run: a\n02_train_rewards:\n  lr: 1", "", ["'02_train_rewards'", "'02_train_reward'"]),
     ("rum: a", "", ["'rum'", "'run'"]),
     ("run: a", "steps=1.5", ["steps", "whole number", "'1.5'"]),
     ("run: a\n02_train_reward: {steps: true}", "", ["steps", "whole number", "True"]),
-    ("run: a\n02_train_reward: {steps: [1]}", "", ["steps", "whole number"]),
     ("run: a\n02_train_reward: {name: 2020-01-01}", "", ["name", "text"]),
     ("run: a\n02_train_reward: {sizes: 3}", "", ["sizes", "list", "3"]),
     ("run: a\n02_train_reward: {lr: .inf}", "", ["lr", "finite number"]),
@@ -121,17 +114,13 @@ def test_yaml_values_take_the_type_of_their_field(toy, key, text, value):
     ("run: a\nrun: b", "", ["line 2", "'run'", "twice"]),
     ("run: a\n02_train_reward: {name: {a: 1, a: 2}}", "", ["line 2", "'a'", "twice"]),
     ("run: &a b\n02_train_reward: {name: *a}", "", ["line 2", "alias", "write the value out"]),
-    ("run: &a [*a]", "", ["alias"]),
-    ("run: [a\nseed: 1", "", ["cannot be read as YAML"]),
     ("run: a\n02_train_reward:\n\tsteps: 3", "", ["cannot be read as YAML", "line 3"]),
-    ("run: a\n---\nrun: b", "", ["cannot be read as YAML"]),
     ("run: !!python/object/apply:os.system [ls]", "", ["cannot be read as YAML"]),
     ("run: !!timestamp x", "", ["cannot be read as YAML"]),
     ("run: 2020-99-99", "", ["cannot be read as YAML", "month"]),
     ("run: " + "[" * 5_000, "", ["cannot be read as YAML"]),
     ("run: [" + "1, " * 100_000 + "]", "", ["over 300000 bytes"]),
     (bytes(range(256)), "", ["cannot be read as YAML"]),
-    ("run: a".encode("utf-16"), "", ["cannot be read as YAML"]),
 ])
 def test_mistakes_stop_with_one_line(toy, capsys, text, override, words):
     line = refused(capsys, lambda: toy(text, *[override] if override else []))
@@ -145,8 +134,8 @@ def test_a_file_that_cannot_be_read_stops_with_one_line(toy, capsys, tmp_path):
 
 def test_any_yaml_is_read_or_refused_in_one_line(toy, capsys):
     rng = random.Random(0)
-    words = ["run", "seed", STEM, ": ", ":", "- ", "\n", "  ", "\t", "[", "]", "{", "}", "&a ", "*a", "<<", "!!",
-             "!!int ", "!!set ", "? ", "|", ">", "'", '"', "---", "%", "#", ",", "1", "lr", ".nan", "\x00", "\u0085", "1:99"]
+    words = ["run", "seed", STEM, ": ", ":", "- ", "\n", "  ", "\t", "[", "]", "{", "}", "&a ", "*a", "<<", "!!", "? ",
+             "!!int ", "!!set ", "|", ">", "'", '"', "---", "%", "#", ",", "1", "lr", ".nan", "\x00", "\u0085", "1:99"]
     for _ in range(500):
         text = "".join(rng.choices(words, k=rng.randrange(20)))
         try:

@@ -53,7 +53,6 @@ GOOD = {        # file name -> (content, pixels)
     "rgb.png": (saved(RGB), PIXELS),
     "gray.png": (saved(Image.fromarray(GRAY)), AS_RGB),
     "16 bit gray.png": (saved(Image.fromarray(GRAY.astype(np.uint16) * 257)), AS_RGB),
-    "16 bit gray.tif": (saved(Image.fromarray(GRAY.astype(np.uint16) * 257), "TIFF"), AS_RGB),
     "16 bit color.png": (png(30, 20, SIXTEEN, depth=16), PIXELS),
     "1 bit.png": (saved(Image.fromarray(GRAY > 99)), np.where(AS_RGB > 99, 255, 0)),
     "alpha.png": (saved(Image.fromarray(np.dstack([PIXELS, ALPHA]))), np.where(ALPHA[..., None] == 0, 255, PIXELS)),
@@ -63,9 +62,7 @@ GOOD = {        # file name -> (content, pixels)
     "animated.gif": (saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), np.array(FRAMES[0])),
     "animated.webp": (saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:], lossless=True),
                       np.array(FRAMES[0])),
-    "one pixel.png": (saved(RGB.crop((0, 0, 1, 1))), PIXELS[:1, :1]),
-    "a png inside.jpg": (saved(RGB), PIXELS),
-    "UPPER.PNG": (saved(RGB), PIXELS),
+    "a png inside.JPG": (saved(RGB), PIXELS),
     "Grüße 你好\ntwo lines.png": (saved(RGB), PIXELS),
     **{f"exif {number}.png": (turned(number), pixels) for number, pixels in SIDEWAYS.items()},
 }
@@ -73,7 +70,6 @@ BAD = {         # file name -> (content, part of the reason)
     "truncated.png": (saved(RGB)[:700], "."),
     "truncated.jpg": (saved(RGB, "JPEG")[:-40], "truncated"),
     "empty.png": (b"", "cannot identify"),
-    "a page.png": (b"<html>not found</html>", "cannot identify"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
     "large.png": (png(12000, 12000), "12000x12000 is over 100 megapixels"),
     "bomb.png": (png(60000, 60000), "decompression bomb"),
@@ -118,7 +114,7 @@ def test_any_bytes_are_a_picture_or_refused(tmp_path):
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
-def test_what_is_called_a_picture_and_is_no_file(tmp_path, monkeypatch):
+def test_what_is_called_a_picture_and_is_no_file(tmp_path):
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone")
     (tmp_path / "folder.png").mkdir()
@@ -149,11 +145,10 @@ def test_a_folder_without_pictures_is_named(tmp_path, capsys):
 
 
 def test_png_is_whole_and_repeatable(tmp_path):
-    write_png(tmp_path / "a.png", PIXELS)
-    write_png(tmp_path / "b.png", PIXELS)
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / name, PIXELS)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+    assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS) and len(list(tmp_path.iterdir())) == 2
     with pytest.raises(AssertionError):
         write_png(tmp_path / "c.png", PIXELS / 255)
 
