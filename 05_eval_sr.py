@@ -21,7 +21,6 @@ Expect  demo: see the table in README.md
 """
 import html
 import importlib.metadata
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ IN_MANIFEST = ("reward", "heldout", "psnr", "ssim", "lr_psnr")      # of METRICS
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: this run's
+    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: as in stage 04
     policy: str | None = None           # stage-04 folder of another run, or a policy folder, compared with this run's
                                         # policy before GRPO; none: this run's
     seeds_per_image: int = 2            # samples (M) of each policy per LR image
@@ -105,6 +104,11 @@ def policy_folders(cfg: Config) -> dict[str, Path]:
              "policy (it has no sampler.json)")
     run.require(stage.parent, stage.name)
     return {"base": stage / "cold_start", "tuned": stage / "policy"}
+
+
+def judge_folder(cfg: Config, tuned_by: Path) -> Path:
+    """`judge`, or else the one that stage 04, in the folder tuned_by, optimized: by default this run's stage 02."""
+    return Path(cfg.judge or run.settings_of(tuned_by, "04_train_sr_grpo").get("judge") or f"{cfg.run}/02_train_reward")
 
 
 def load_pyiqa(names: list[str], device: torch.device) -> dict[str, torch.nn.Module]:
@@ -173,9 +177,9 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, gro
                 write_png(pictures / f"{name}_{variant}.png", image[0])
         rewards = mllm.scores_in_crops(judge, low, images, crop=rewarded["crop"],
                                        limit=rewarded["crops_per_image"]) @ weights
-        others = [[measure(image, *pair, models, judge.device) for image in group]
-                  for *pair, group in zip(low, truth, images)]
-        table = torch.cat([rewards[..., None].double(), torch.tensor(others, dtype=torch.float64)], 2)
+        fidelity = [[measure(image, *pair, models, judge.device) for image in group]
+                    for *pair, group in zip(low, truth, images)]
+        table = torch.cat([rewards[..., None].double(), torch.tensor(fidelity, dtype=torch.float64)], 2)
         variants = table.split([part.shape[1] for part in parts], 1)                # [B, 1 or M, metrics] each
         values.append(torch.stack([variant.mean(1) for variant in variants], 1))
         wins.append(((variants[2] - variants[1])[..., 0].sign() / 2 + 0.5).mean(1))
@@ -204,14 +208,12 @@ def table_rows(results: dict, names: dict[str, tuple]) -> list[list[str]]:
 def write_results(folder: Path, results: dict, *, groups: list[dict], values: Tensor, wins: Tensor,
                   names: dict[str, tuple]) -> None:
     """results.json, table.md and per_image.jsonl."""
-    lines = [json.dumps({"id": group["id"], "source": group["source"], "wins": win,
-                         **{variant: dict(zip(names, one)) for variant, one in zip(VARIANTS, row)}})
-             for group, row, win in zip(groups, values.tolist(), wins.tolist())]
-    run.write_bytes(folder / "per_image.jsonl", ("\n".join(lines) + "\n").encode())
+    run.write_lines(folder / "per_image.jsonl", [
+        {"id": group["id"], "source": group["source"], "wins": win,
+         **{variant: dict(zip(names, one)) for variant, one in zip(VARIANTS, row)}}
+        for group, row, win in zip(groups, values.tolist(), wins.tolist())])
     run.write_json(folder / "results.json", results)
-    head, *rows = table_rows(results, names)
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
-    run.write_bytes(folder / "table.md", table.encode())
+    run.write_bytes(folder / "table.md", "\n".join(report.markdown(table_rows(results, names))).encode())
 
 
 # pictures and report ----------------------------------------------------------------------------------------
@@ -264,8 +266,8 @@ def larger_crops(cfg: Config, policies: dict[str, Policy], sources: list[str], *
     return crops
 
 
-def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large: dict[str, dict], *,
-                tuned_by: Path, judged_by: Path) -> str:
+def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large: dict[str, dict],
+                tuned_by: Path) -> str:
     """report.html: everything is inside, it opens from disk. rows: of examples; large: caption -> images."""
     def from_to(name: str, digits: str) -> tuple[str, str]:
         before, after = (format(results["mean"][variant][name], digits) for variant in ("base", "tuned"))
@@ -295,9 +297,6 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
         "LR-PSNR and the held-out judge not to fall, the KL to the policy before GRPO to stay small.</p>",
         report.curves(tuned_by / "metrics.jsonl", ("val_reward", "val_lr_psnr", "val_heldout", "ref_kl")),
-        "<h2>How the reward model was trained (stage 02)</h2><p>Pair accuracy: how often it orders two candidates of "
-        "one LR image as the labels do; 0.5 is chance.</p>",
-        report.curves(judged_by / "metrics.jsonl", ("val_pair_accuracy", "reward_mean")),
         "<h2>What this does not show</h2><p>The labels are a proxy computed from the ground truth, not people's votes. "
         "The intervals are over test images; these come from few photographs, so they say how sure the result is for "
         "such photographs, not for all.</p>"]
@@ -306,12 +305,12 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
 
 # a folder of yours ------------------------------------------------------------------------------------------
 
-def load_folder_judge(cfg: Config, device: torch.device) -> tuple[mllm.Judge | None, int]:
+def load_folder_judge(cfg: Config, judged_by: Path, device: torch.device) -> tuple[mllm.Judge | None, int]:
     """The judge and the side (px of SR) of the crops that it learned on; none if it or stage 01 is missing."""
-    judged_by = Path(cfg.judge or f"{cfg.run}/02_train_reward")
     sources = [parent / "01_build_dataset" for parent in (judged_by.parent, Path(cfg.run))]
     sources = [source for source in sources if (source / "groups.jsonl").exists()]
-    if not cfg.judge_crops or not sources or not (cfg.judge or (judged_by / "manifest.json").exists()):
+    missing = judged_by.parent == Path(cfg.run) and not (judged_by / "manifest.json").exists()
+    if not cfg.judge_crops or not sources or missing:
         return None, 0
     return mllm.load_judge(judged_by, device), judged_on(sources[0])["hr_size"]
 
@@ -319,7 +318,6 @@ def load_folder_judge(cfg: Config, device: torch.device) -> tuple[mllm.Judge | N
 def restore_folder(cfg: Config) -> None:
     """Restore the pictures of lr_dir, in a folder of its own; those that are done already stay as they are."""
     started, device, folders = time.time(), dist.init(timeout=LONGEST_WAIT), policy_folders(cfg)
-    folders = {name: folders[name] for name in cfg.variants}
     name = re.sub(r"[^\w.-]+", "_", Path(cfg.lr_dir).resolve().name)[:80]
     out = Path(cfg.out or f"{cfg.run}/{Path(__file__).stem}_{name}")
     pictures = restoring.find_pictures(cfg.lr_dir, out)
@@ -328,7 +326,8 @@ def restore_folder(cfg: Config) -> None:
         run.lock(folder)                                                # open_stage locks unfinished folders only
         (folder / "manifest.json").unlink(missing_ok=True)              # there may be new pictures to restore
     policies = {name: sr_pipelines.load_policy(folders[name], device) for name in cfg.variants}
-    (judge, side), policies_sha256 = load_folder_judge(cfg, device), restoring.checksum(list(folders.values()))
+    policies_sha256 = restoring.checksum([folders[name] for name in cfg.variants])
+    judge, side = load_folder_judge(cfg, judge_folder(cfg, folders["base"].parent), device)
     dist.print0(f"{len(pictures)} pictures, restored by: {', '.join(cfg.variants)}; "
                 + ("scored by the judge" if judge else "no scores: judge_crops=0, or stage 01 or 02 is missing"))
     count, clock = torch.tensor(0), time.time()
@@ -359,10 +358,11 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, free=("images_per_gpu", "large_crops", "large_size"))
 
     # 1. test images, the judge, and the policies before and after GRPO
-    source = run.require(cfg.run, "01_build_dataset")
-    judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    folders = policy_folders(cfg)
+    source, folders = run.require(cfg.run, "01_build_dataset"), policy_folders(cfg)
     tuned_by = folders["base"].parent                                   # its settings say what the reward is
+    judged_by = judge_folder(cfg, tuned_by)
+    if judged_by.parent == Path(cfg.run):
+        run.require(cfg.run, "02_train_reward")
     groups = [group for group in load_groups(source, "test") if group["hr"]]
     if len(groups) < max(2, dist.world_size()):
         fail(f"{source}: {len(groups)} test images have HR, too few to compare on: give stage 01 more test_groups, or "
@@ -402,7 +402,7 @@ def main(cfg: Config) -> None:
         columns = ["LR", *VARIANTS]
         write_png(pictures / "contact_sheet.png",
                   sheet([[images[key] for key in columns] for _, images, _ in rows], columns))
-        page = report_page(results, names, rows, large, tuned_by=tuned_by, judged_by=judged_by)
+        page = report_page(results, names, rows, large, tuned_by)
         run.write_bytes(folder / "report.html", page.encode())
         dist.print0(f"open {folder / 'report.html'} in a browser")
     run.write_manifest(folder, script=__file__, started=started,

@@ -35,14 +35,14 @@ def lively(policy: Policy, seed: int = 5) -> Policy:
     return policy.requires_grad_(False)
 
 
-def write_stage_04(folder: Path, config: Path) -> Path:
+def write_stage_04(folder: Path, config: Path, *settings: str) -> Path:
     """A finished stage 04, but for the training: two policies that differ."""
     stage = load_stage("04")
     for name, seed in (("cold_start", 6), ("policy", 5)):
         (folder / name).mkdir(parents=True)
         lively(tiny_policy(), seed).save(folder / name)
-    settings = load_config(stage.Config, stage.__file__, [str(config)])
-    (folder / "config.yaml").write_text(config_text(settings, "04_train_sr_grpo"))
+    cfg = load_config(stage.Config, stage.__file__, [str(config), *settings])
+    (folder / "config.yaml").write_text(config_text(cfg, "04_train_sr_grpo"))
     run.write_json(folder / "manifest.json", {"results": {}})
     return folder
 
@@ -161,6 +161,14 @@ def test_judge_and_policy_of_another_run(compared, stages, toy_config, tmp_path)
     stage_05(toy_config, f"run={folder}", f"policy={tuned / 'cold_start'}", "large_crops=0")
     means = run.read_json(folder / "05_eval_sr" / "results.json")["mean"]
     assert means["tuned"] == means["base"] == expected["base"]
+
+
+def test_the_judge_is_the_one_that_stage_04_optimized(stages, toy_config, tmp_path):
+    stage, tuned = load_stage("05"), write_stage_04(tmp_path / "04_train_sr_grpo", toy_config, "judge=elsewhere/02")
+    for cfg, folder, wanted in ((stage.Config(run="a"), stages[2], "a/02_train_reward"),
+                                (stage.Config(run="a"), tuned, "elsewhere/02"),
+                                (stage.Config(run="a", judge="b"), tuned, "b")):
+        assert stage.judge_folder(cfg, folder) == Path(wanted)
 
 
 @pytest.mark.parametrize("settings, message", [
