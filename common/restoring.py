@@ -122,17 +122,16 @@ def restore(policy: Policy, lr: np.ndarray, key: tuple, *, tile: int, overlap: i
     padded = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div(255).to(policy.times.device)
     tiles = cut_into_tiles(*padded.shape[-2:], tile=tile, overlap=overlap, multiple=policy.multiple)
     several = len(tiles.corners) > 1
-    if several and policy.kind == "sd3":    # it encodes LR at the size of SR: too large
+    if several and policy.kind == "sd3":                # it encodes LR at the size of SR: too large
         seen = blend(lambda at: policy.observe(take(padded, tiles, at), [(*key, *corner) for corner in at]),
                      tiles, batch)
     else:
         seen = policy.observe(padded, [key])
     x = sr_policy.draw_noise([key], (policy.channels, *seen.shape[-2:]), seen.device)
     for i in tqdm(range(policy.sampler.steps), "denoising steps", leave=False, disable=None if several else True):
-        def next_states(at: list[tuple[int, int]]) -> Tensor:
-            index = torch.full((len(at),), i, device=x.device)
-            return sr_policy.step(policy, take(x, tiles, at), index, take(seen, tiles, at))[0]
-        x = blend(next_states, tiles, batch)
+        index = torch.tensor([i], device=x.device)
+        x = blend(lambda at: sr_policy.step(policy, take(x, tiles, at), index.expand(len(at)), take(seen, tiles, at))[0],
+                  tiles, batch)
     image = blend(lambda at: policy.decode(take(x, tiles, at), take(seen, tiles, at)).cpu(), tiles, batch)
     height, width = (policy.sampler.scale * length for length in lr.shape[:2])
     return image[..., :height, :width]
