@@ -40,8 +40,8 @@ from common.mllm import Judge
 from common.replies import (Images, answer_logp, encode, encode_images, forward, look_at, sample_replies, token_logp,
                             write_answers)
 from common.small_mllm import build_small
-from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, resume,
-                             save_checkpoint, set_lr, swapped, trainable, update)
+from common.training import (Weights, adapter_off, average, copied, cosine, count_bad_steps, drop_checkpoints, merged,
+                             resume, save_checkpoint, set_lr, swapped, trainable, update)
 
 
 @dataclass
@@ -286,7 +286,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
                             state={"bad": bad})
     with swapped(weights, averaged):
         if dist.is_main():
-            judge.model = judge.model.merge_and_unload() if isinstance(judge.model, PeftModel) else judge.model
+            judge.model = merged(judge.model)
             mllm.save_model(judge, folder / "model")
             run.write_json(folder / "done.json", {"steps": cfg.cold_start_steps})
         dist.barrier()
@@ -445,7 +445,7 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
     # 3. advantages
     advantages = [(advantages_of(replies), advantages_of(digits)) for replies, digits in rewards]
     # 4. learn
-    with torch.no_grad(), mllm.adapter_off(reference):
+    with torch.no_grad(), adapter_off(reference.model):
         of_reference = [logp_of(reference, rollout)[::2] for rollout in rollouts]
     of_sampler, skipped, bad = None, 0, 0.0
     set_lr(optimizers, min(1, (step + 1) / cfg.warmup_steps) * cosine(step / cfg.steps, FINAL_LR))

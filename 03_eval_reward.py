@@ -43,6 +43,7 @@ from common.images import luma, sheet, write_png
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
+from common.training import adapter_off
 
 # scorer -> (its name in the table, what it sees)
 SCORERS = {
@@ -155,7 +156,7 @@ def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict]
                      "lr_gray": mllm.expected_scores(judge, gray, images)}                  # [g, C, 3] each
         by_scorer["before_grpo"] = torch.full_like(by_scorer["lr_gray"], torch.nan)
         if before:
-            with mllm.adapter_off(before):
+            with adapter_off(before.model):
                 by_scorer["before_grpo"] = mllm.expected_scores(before, lrs, images)
         started = time.time()
         by_scorer["judge"] = mllm.expected_scores(judge, lrs, images)                       # last: all is warm by now

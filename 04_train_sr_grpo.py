@@ -46,8 +46,8 @@ from common.grpo import gaussian_kl, group_advantages, grpo_loss
 from common.images import sheet, to_pixels, turn, write_png
 from common.sr_pipelines import PIPELINES, Published
 from common.sr_policy import Policy, Rollout, SAMPLERS
-from common.training import (average, copied, count_bad_steps, drop_checkpoints, resume, save_checkpoint, swapped,
-                             trainable, update, Weights)
+from common.training import (Weights, adapter_off, average, copied, count_bad_steps, drop_checkpoints, resume,
+                             save_checkpoint, swapped, trainable, update)
 
 COLD_START_EMA = 0.99               # decay per step of the averaged weights of the cold start
 MAX_GRAD_NORM = 1.0                 # gradients are clipped to this norm
@@ -307,7 +307,7 @@ def loss_of(policy: Policy, reference: Policy, cfg: Config, *, rollout: Rollout,
                             clip_low=cfg.clip_range, clip_high=cfg.clip_range, denominator=actions)
     row = {"loss": loss.detach()}
     if cfg.kl_weight:                                                           # or else the reference is not asked
-        with torch.no_grad(), sr_policy.adapter_off(reference):
+        with torch.no_grad(), adapter_off(reference.unet):
             ref_mean, _ = sr_policy.replay(reference, rollout)
         ref_kl = gaussian_kl(mean, ref_mean, std).sum() / actions
         loss, row["ref_kl"] = loss + cfg.kl_weight * ref_kl, ref_kl.detach()

@@ -15,7 +15,6 @@ Shapes: G groups (one LR image each), C candidates, L tokens in a row, B rows, V
 per image token (1; in Qwen3-VL 1 + layers of DeepStack, arXiv 2406.04334). Images are uint8 [H, W, 3].
 """
 import re
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,11 +244,6 @@ def scores_in_crops(judge: Judge, lrs: np.ndarray, samples: np.ndarray, *, crop:
         [[cut(image, corner, side, scale) for image in group] for group in samples for corner in corners],
         groups_per_forward=min(16, max(1, images_per_forward // samples.shape[1])))
     return scores.unflatten(0, (len(lrs), len(corners))).mean(1)
-
-
-def adapter_off(judge: Judge) -> AbstractContextManager:
-    """Context in which a judge with LoRA is its own reference; a judge without has nothing to switch off."""
-    return judge.model.disable_adapter() if isinstance(judge.model, PeftModel) else nullcontext()
 
 
 def reply_text(judge: Judge, ids: list[int]) -> str:

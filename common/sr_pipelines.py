@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from common import dist, run, sr_policy
 from common.config import fail
 from common.sr_policy import Policy
+from common.training import merged
 
 PIPELINES = {"ldm": "LDMSuperResolutionPipeline", "upscaler": "StableDiffusionUpscalePipeline",
              "sd3": "StableDiffusion3ControlNetPipeline"}
@@ -216,7 +217,7 @@ class LatentPolicy(nn.Module):
         """A whole pipeline that diffusers loads, LoRA merged and DDIM as scheduler; upscaler: LoRA by itself, too."""
         if self.kind == "upscaler":                                     # the other pipeline could not load it
             save_lora(self.unet, "unet", folder)
-        self.unet, pipeline = sr_policy.merged(self.unet), load_pipeline(self.sampler)
+        self.unet, pipeline = merged(self.unet), load_pipeline(self.sampler)
         pipeline.register_modules(unet=self.unet, scheduler=DDIMScheduler.from_config(pipeline.scheduler.config))
         pipeline.save_pretrained(folder)
         run.write_json(folder / "sampler.json", asdict(replace(self.sampler, model=".")))       # last: it is whole
@@ -286,7 +287,7 @@ class FlowPolicy(nn.Module):
     def save(self, folder: Path) -> None:
         """LoRA by itself, and a whole pipeline that diffusers loads, LoRA merged, with the ControlNet."""
         save_lora(self.unet, "transformer", folder)
-        self.unet, pipeline = sr_policy.merged(self.unet), load_pipeline(self.sampler)
+        self.unet, pipeline = merged(self.unet), load_pipeline(self.sampler)
         pipeline.register_modules(transformer=self.unet)
         pipeline.save_pretrained(folder)
         run.write_json(folder / "sampler.json", asdict(replace(self.sampler, model=".", controlnet="")))

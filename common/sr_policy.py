@@ -28,19 +28,18 @@ Sources: v-prediction arXiv 2202.00512 appendix D; zero terminal SNR arXiv 2305.
 process (DDPO) arXiv 2305.13301. The latent is our own choice.
 """
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from peft import PeftModel
 from torch import Tensor, nn
 
 from common import grpo, run
 from common.config import fail
 from common.images import LUMA
+from common.training import merged
 
 SAMPLERS = ("ddim", "sde", "cps")
 CONTRAST_FLOOR = 2 / 255            # about the noise of an 8-bit JPEG
@@ -183,11 +182,6 @@ def log_prob(rollout: Rollout, mean: Tensor, std: Tensor) -> Tensor:
     return grpo.gaussian_logp(rollout.latents[:, 1:].flatten(0, 1), mean, std).view_as(rollout.logp)
 
 
-def adapter_off(policy: "Policy") -> AbstractContextManager:
-    """Context in which a policy with LoRA is its own reference; one without has nothing to switch off."""
-    return policy.unet.disable_adapter() if isinstance(policy.unet, PeftModel) else nullcontext()
-
-
 # the small policy: its latent ------------------------------------------------------------------------------------
 
 def gray(image: Tensor) -> Tensor:
@@ -312,11 +306,6 @@ def fit_sampler(hr: Tensor, lr: Tensor, *, steps: int) -> Sampler:
     variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
     spread = variance.clamp(min=1e-4 * float(variance.max())).sqrt()    # flat training images would give 0
     return Sampler(hr.shape[-1] // lr.shape[-1], steps, betas, basis=(spread[:, None] * axes.T).tolist())
-
-
-def merged(network: nn.Module) -> nn.Module:
-    """The network with its LoRA in its weights; one without stays as it is."""
-    return network.merge_and_unload() if isinstance(network, PeftModel) else network
 
 
 def read_sampler(kind: type, folder: Path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from common import dist
@@ -57,6 +58,16 @@ def swapped(weights: Weights, others: Weights):
         yield
     finally:
         swap()
+
+
+def adapter_off(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Context in which a network with LoRA is its own reference; one without has nothing to switch off."""
+    return network.disable_adapter() if isinstance(network, PeftModel) else contextlib.nullcontext()
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """The network with its LoRA in its weights; one without stays as it is."""
+    return network.merge_and_unload() if isinstance(network, PeftModel) else network
 
 
 # updates -----------------------------------------------------------------------------------------------------------

@@ -179,11 +179,6 @@ def test_infinite_reward_stops():
         grpo.group_advantages(torch.tensor([[1.0, -math.inf]]))
 
 
-def test_advantages_are_float32_without_gradient():
-    advantages = grpo.group_advantages(torch.tensor([[1.0, 2.0]], dtype=torch.float16, requires_grad=True))
-    assert advantages.dtype == torch.float32 and not advantages.requires_grad
-
-
 # diffusion steps -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("std", [0.3, torch.tensor(0.3), torch.tensor([0.2, 0.5]).reshape(2, 1, 1, 1)])
@@ -202,13 +197,6 @@ def test_gaussian_gradient_reaches_the_policy_mean_only():
     mean.grad = None
     grpo.gaussian_kl(mean, ref_mean, 0.5).sum().backward()
     assert mean.grad.tolist() == [[0.5] * 4] and ref_mean.grad is None
-
-
-def test_gaussian_is_float32_inside():
-    x, mean = torch.ones(1, 4, dtype=torch.bfloat16), torch.zeros(1, 4, dtype=torch.bfloat16)
-    expected = -5e5 - math.log(1e-3 * math.sqrt(2 * math.pi))
-    assert grpo.gaussian_logp(x, mean, 1e-3).item() == pytest.approx(expected)
-    assert grpo.gaussian_kl(x, mean, 0.1).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size, std", [(2, 0.0), (2, -1.0), (3, 1.0)])

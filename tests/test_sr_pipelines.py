@@ -18,10 +18,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, VQModel
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
-from common import dist, run, sr_pipelines, sr_policy
+from common import dist, restoring, run, sr_pipelines, sr_policy
 from common.images import to_pixels
 from common.sr_pipelines import PIPELINES, Published
-from common.training import trainable
+from common.training import adapter_off, trainable
 from conftest import load_stage, run_stage
 from test_sources import save_ldm, save_upscaler
 from test_sr_policy import add_lora
@@ -257,6 +257,17 @@ def test_a_rollout_is_replayed_with_ratio_one_whatever_the_batch(policy, kind, s
     assert torch.allclose(rollout.logp, expected.flatten(1).mean(1).view(3, 2), atol=1e-5)
 
 
+def test_an_image_of_any_size_is_restored_in_tiles(policy, kind):
+    lr, key = (pictures(kind)[0].permute(1, 2, 0) * 255).byte().numpy(), (0, "folder", "a.png")
+    seen = policy.observe(torch.from_numpy(lr).permute(2, 0, 1)[None].float() / 255, [key])
+    first = sr_policy.draw_noise([key], (policy.channels, *seen.shape[-2:]), CPU)
+    whole = restoring.restore(policy, lr, key, tile=64, overlap=0, batch=1)
+    assert torch.equal(whole, sr_policy.restore(policy, seen, first))
+    large = np.tile(lr, (5, 7, 1))[:37, :50]                            # sd3: over pos_embed_max_size, if at once
+    image = restoring.restore(policy, large, key, tile=16, overlap=8, batch=4)
+    assert image.shape == (1, 3, 148, 200) and image.std() > 0.01
+
+
 # GRPO and disk -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -286,7 +297,7 @@ def test_saved_and_loaded_by_plain_diffusers_it_is_the_tuned_model(policy, kind,
     expected = stock(kind, **models[kind])
     tuned = sr_policy.restore(add_lora(policy, 0.1), expected["seen"], expected["first"])
     assert not torch.allclose(tuned, expected["sr"], atol=1e-3)
-    with sr_policy.adapter_off(policy):
+    with adapter_off(policy.unet):
         assert torch.allclose(sr_policy.restore(policy, expected["seen"], expected["first"]), expected["sr"], atol=1e-4)
     policy.save(tmp_path / "policy")
     moved = (tmp_path / "policy").rename(tmp_path / "moved")
@@ -296,13 +307,6 @@ def test_saved_and_loaded_by_plain_diffusers_it_is_the_tuned_model(policy, kind,
     loaded = sr_pipelines.load_policy(moved, CPU)
     assert torch.allclose(sr_policy.restore(loaded, expected["seen"], expected["first"]), tuned, atol=1e-4)
     assert not list(moved.rglob("*.bin")) and not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_weights_in_half_precision_are_read_as_float32(models, tmp_path):
-    sampler = Published("ldm", models["ldm"]["model"], 4, STEPS)
-    sr_pipelines.load_pipeline(sampler).to(dtype=torch.float16).save_pretrained(tmp_path / "half")
-    policy = load("ldm", tmp_path / "before", model=str(tmp_path / "half"))
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind, change, message", [

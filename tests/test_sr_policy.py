@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from common import grpo, run, sr_pipelines, sr_policy
 from common.sr_policy import Policy
-from common.training import trainable
+from common.training import adapter_off, trainable
 
 STEPS, LATENT, CPU = 5, (16, 8, 8), torch.device("cpu")
 SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.1, 0.0]                         # of a flow, from noise to clean
@@ -242,7 +242,7 @@ def test_lora_is_off_in_the_reference_and_merged_on_saving(policy, lr, tmp_path)
     assert not any(p.requires_grad for p in loaded.parameters())
     expected = sr_policy.restore(add_lora(policy, 0.05), lr, noise(4)[:, 0])
     assert not torch.allclose(expected, base, atol=1e-3)
-    with sr_policy.adapter_off(policy):
+    with adapter_off(policy.unet):
         assert torch.equal(sr_policy.restore(policy, lr, noise(4)[:, 0]), base)
     policy.save(tmp_path / "stage" / "policy")
     loaded = sr_pipelines.load_policy(tmp_path / "stage", CPU)          # a stage's folder stands for its policy

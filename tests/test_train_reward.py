@@ -21,7 +21,7 @@ from common import grpo, metrics, mllm, token_tree
 from common.config import load_config
 from common.groups import Cohort, load_cohorts
 from common.replies import answer_logp, encode_images, look_at
-from common.training import trainable
+from common.training import adapter_off, trainable
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage
 
 CPU, NAN = torch.device("cpu"), math.nan
@@ -319,7 +319,7 @@ def test_a_grpo_step_changes_the_adapter_and_nothing_else(trainee, toy_run):
     changed = {name for name, p in judge.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and changed <= set(trainable(judge.model)) and all("lora_" in name for name in changed)
     assert not torch.equal(mllm.expected_scores(judge, *images), plain)
-    with mllm.adapter_off(judge):
+    with adapter_off(judge.model):
         assert torch.equal(mllm.expected_scores(judge, *images), plain)
 
 

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from common import dist, grpo, metrics, mllm, run, sr_policy
 from common.config import load_config
 from common.images import to_pixels, write_png
 from common.training import copied, trainable
-from conftest import ROOT, build_judge, load_stage, run_stage
+from conftest import build_judge, load_stage, run_stage
 from test_sr_policy import images, LATENT, noise, shrink, STEPS, tiny_policy
 
 NAN, INF = math.nan, math.inf
 STAGE = load_stage("04")
-CALM = {"max_lr_psnr_drop": 100, "max_heldout_drop": 1}             # no vetoes
 
 
 def settings(**changes):
@@ -179,17 +177,6 @@ def test_grpo_raises_a_simple_reward_and_touches_trained_weights_only(lr, rank):
         assert p.requires_grad == ("lora" in name if rank else name.startswith("unet."))
 
 
-def test_kl_is_zero_at_the_start_and_pulls_back(lr):
-    policy, cfg = tiny_policy(), settings(lora_rank=0, kl_weight=1.0)
-    reference, optimizer = tiny_policy(), torch.optim.SGD(policy.unet.parameters(), lr=0.0)
-    row = one_step(policy, reference, cfg, lr, optimizer=optimizer, advantages=torch.zeros(16))
-    assert row["ref_kl"] == 0 and row["grad_norm"] == 0                 # nothing to learn
-    with torch.no_grad():
-        policy.unet.conv_out.bias.add_(0.1)
-    row = one_step(policy, reference, cfg, lr, optimizer=optimizer, advantages=torch.zeros(16))
-    assert row["ref_kl"] > 0 and row["grad_norm"] > 0
-
-
 def test_two_passes_move_the_ratio_and_a_tight_range_clips_it(lr):
     policy, cfg = tiny_policy(), settings(lora_rank=0, updates_per_rollout=3, clip_range=1e-7)
     row = one_step(policy, tiny_policy(), cfg, lr, optimizer=torch.optim.AdamW(policy.unet.parameters(), lr=1e-3))
@@ -335,20 +322,6 @@ def test_04_resumed_after_a_checkpoint_is_the_same_to_the_byte(tuned, toy_config
     assert rows_of(folder) == rows_of(tuned / "04_train_sr_grpo")
 
 
-def test_a_killed_cold_start_goes_on_to_the_same_bytes(tuned, toy_config, toy_run, tmp_path):
-    target = copy_of(toy_run, tmp_path / "run")
-    saved = target / "04_train_sr_grpo" / "cold_start" / "checkpoints" / "step_000020"
-    command = [sys.executable, "04_train_sr_grpo.py", str(toy_config), f"run={target}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not saved.exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (target / "04_train_sr_grpo" / "manifest.json").exists()
-    tune(toy_config, tuned, target)
-    assert files_of(target / "04_train_sr_grpo") == files_of(tuned / "04_train_sr_grpo")
-
-
 def test_04_with_three_processes_trains_the_same_weights(tuned, toy_config, toy_run, tmp_path):
     target = copy_of(toy_run, tmp_path / "run")
     done = run_stage("04", toy_config, f"run={target}", processes=3)    # each has an LR image; the cold start's four
@@ -371,7 +344,7 @@ def test_weights_that_fool_the_reward_are_not_kept(toy_config, tuned, tmp_path, 
     monkeypatch.setattr(STAGE, "score", hackable)
     hack = ("guard_weight=0", "lr=0.02", "steps=12", "eval_every=1", "warmup_steps=1", "kl_weight=0", "ema=0.5",
             "std_floor=0", "save_every=50")
-    free = tune(toy_config, tuned, tmp_path / "free", *hack, *(f"{key}={value}" for key, value in CALM.items()))
+    free = tune(toy_config, tuned, tmp_path / "free", *hack, "max_lr_psnr_drop=100", "max_heldout_drop=1")
     lost = free["lr_psnr_start"] - free["lr_psnr_end"], free["heldout_start"] - free["heldout_end"]
     assert free["reward_end"] > 1.01 * free["reward_start"] and (lost[0] > 0.3 or lost[1] > 0), lost    # hackable
     kept = tune(toy_config, tuned, tmp_path / "kept", *hack)
