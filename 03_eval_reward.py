@@ -193,13 +193,14 @@ def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: 
     return torch.cat(replies), torch.cat(masses)
 
 
-def read_replies(judge: Judge, replies: Tensor) -> tuple[list[list[list[str]]], np.ndarray]:
-    """Texts [g][C][K] and their scores, [g, C, K, 3]; NaN where a reply does not parse."""
-    texts = [[[mllm.reply_text(judge, [i for i in ids if i >= 0]) for ids in row] for row in group]
-             for group in replies.tolist()]
-    unparsed = dict.fromkeys(AXES, np.nan)
-    return texts, np.array([[[[(mllm.parse_reply(text) or unparsed)[axis] for axis in AXES] for text in row]
-                             for row in group] for group in texts])
+def read_replies(judge: Judge, replies: Tensor) -> tuple[dict[tuple, str], np.ndarray]:
+    """Texts of replies [g, C, K, tokens], by (group, candidate, number), and scores [g, C, K, 3]; NaN: not parsed."""
+    texts, scores = {}, np.full((*replies.shape[:3], len(AXES)), np.nan)
+    for place in np.ndindex(*replies.shape[:3]):
+        texts[place] = mllm.reply_text(judge, [token for token in replies[place].tolist() if token >= 0])
+        if parsed := mllm.parse_reply(texts[place]):
+            scores[place] = [parsed[axis] for axis in AXES]
+    return texts, scores
 
 
 # hacking probes --------------------------------------------------------------------------------------------
@@ -327,34 +328,38 @@ def headline(results: dict, images_per_second: float) -> dict:
 
 # what people look at ---------------------------------------------------------------------------------------
 
+def cells(rates: dict) -> list[str]:
+    """Axis -> rate, as the cells of a table row."""
+    return [report.interval(rates[axis]) for axis in SHOWN]
+
+
 def table(results: dict) -> str:
     """table.md: what a reader wants to see of results.json."""
+    accuracy, new, readouts, probes = (results[key] for key in ("accuracy", "new_methods", "readouts", "probes"))
     lines = ["# Reward model on unseen photographs", "", f"{results['summary']}.", "", "## Pair accuracy", ""]
-    lines += report.markdown([["pair accuracy [95 % interval over groups]", "sees", *SHOWN], *(
-        [*SCORERS[name], *(report.interval(results["accuracy"][name][axis]) for axis in SHOWN)]
-        for name in SCORERS if name in results["accuracy"])])
-    lines += report.markdown([["the judge is better, on the same pairs, than", *SHOWN], *(
-        [SCORERS[name][0], *(report.interval(rates[axis]) for axis in SHOWN)]
-        for name, rates in results["judge_minus"].items())])
-    new = results["new_methods"]
+    rows = [[*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy]
+    lines += report.markdown([["pair accuracy [95 % interval over groups]", "sees", *SHOWN], *rows])
+    rows = [[SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items()]
+    lines += report.markdown([["the judge is better, on the same pairs, than", *SHOWN], *rows])
     if new["pairs"]:
         lines += [f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.", ""]
-    if readouts := results["readouts"]:
+    if readouts:
         lines += ["## Two read-outs", "",
                   f"On {readouts['groups']} groups: mean of {readouts['replies_per_candidate']} sampled replies "
                   f"({readouts['parse_rate']:.1%} of them parse), and expectation over the digits, which hold "
                   f"{readouts['digit_mass']:.1%} of the probability of all tokens there.", ""]
-        lines += report.markdown([["pair accuracy", *SHOWN], *(
-            [kind, *(report.interval(rates[axis]) for axis in SHOWN)] for kind, rates in readouts["accuracy"].items())])
-    if probes := results["probes"]:
+        rows = [[kind, *cells(rates)] for kind, rates in readouts["accuracy"].items()]
+        lines += report.markdown([["pair accuracy", *SHOWN], *rows])
+    if probes:
+        means = {name: f"{scores['overall']:.2f}" for name, scores in probes["mean_scores"].items()}
         lines += ["## Hacking probes", "", f"How often the judge scores the ground truth of {probes['groups']} LR "
-                  f"images, {probes['mean_scores']['hr']['overall']:.2f} overall on average, above a tampered version.",
-                  ""]
+                  f"images, {means['hr']} overall on average, above a tampered version of it.", ""]
         rows = [[name, how, report.interval(probes["each"][name]["overall"]),
-                 f"{report.interval(probes['each'][name][axis])} ({axis})",
-                 f"{probes['mean_scores'][name]['overall']:.2f}"] for name, (axis, how) in PROBES.items()]
-        lines += report.markdown([["probe", "made how", "by the overall score", "by the axis that it hurts",
-                                   "mean overall"], *rows, ["all", "", report.interval(probes["all"]), "", ""]])
+                 f"{report.interval(probes['each'][name][axis])} ({axis})", means[name]]
+                for name, (axis, how) in PROBES.items()]
+        lines += report.markdown([
+            ["probe", "made how", "by the overall score", "by the axis that it hurts", "mean overall"], *rows,
+            ["all", "", report.interval(probes["all"]), "", ""]])
     return "\n".join(lines + [f"- {note}" for note in results["notes"]]).rstrip() + "\n"
 
 
@@ -411,13 +416,13 @@ def page(results: dict, pictures: dict[str, np.ndarray]) -> bytes:
         "<h2>In numbers</h2>", report.from_markdown(table(results))]).encode()
 
 
-def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[str, list[list[str]]]) -> list[dict]:
-    """scores.jsonl: the expected scores of every candidate, its labels, and its first reply where sampled."""
+def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[tuple, str]) -> list[dict]:
+    """scores.jsonl: the expected scores [G, C, 3] of every candidate, its labels, and a reply where texts has one."""
     return [{"group": group["id"], "candidate": candidate["id"], "method": candidate["method"],
              "expected": dict(zip(AXES, scores[g, c].tolist())),
              "labels": {axis: {key: label[f"{key}s"][c] for key in ("rank", "score") if label.get(f"{key}s")}
                         for axis, label in group["labels"].items()},
-             "reply": texts[group["id"]][c][0] if group["id"] in texts else None}
+             "reply": texts.get((g, c))}
             for g, group in enumerate(groups) for c, candidate in enumerate(group["candidates"])]
 
 
@@ -505,7 +510,7 @@ def main(cfg: Config) -> None:
         results, texts = evaluate(groups, train, scores, ranks, cfg.seed), {}
         if replies is not None:
             written, sampled = read_replies(judge, replies)
-            texts = {groups[g]["id"]: row for g, row in zip(chosen, written)}
+            texts = {(chosen[g], c): text for (g, c, number), text in written.items() if number == 0}
             results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
                 sampled, scores["judge"][chosen], ranks[chosen], cfg.seed)
         pictures = {SORTED: examples(source, groups, scores["judge"], ranks)}
