@@ -184,7 +184,7 @@ def why_skipped(row: dict) -> str:
     """What to say of a step whose update was skipped; nothing of any other."""
     if not row["skipped_updates"]:
         return ""
-    return f"{row['nonfinite_losses']:.0f} losses are not finite, grad_norm {row['grad_norm']:.3g}"
+    return f"losses that are not finite: {row['nonfinite_losses']:.0f}, grad_norm {row['grad_norm']:.3g}"
 
 
 # cold start ----------------------------------------------------------------------------------------------------

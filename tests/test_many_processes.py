@@ -1,5 +1,5 @@
 """
-Training of the reward model on 1, 2 and 3 gloo processes, and what happens to a NaN.
+Training of the reward model on 1 and 2 gloo processes, and what happens to a NaN.
 
 Run     python -m pytest tests/test_many_processes.py       # 30 s
 """
@@ -44,8 +44,8 @@ class Trainee:
         self.cohorts = build_cohorts(5)
 
     def supervise(self, step: int, cohorts: list[Cohort] | None = None) -> dict:
-        """A step on two LR images, so that a third rank has none."""
-        cohorts = mine(cohorts or pick(self.cohorts, 0, "cold start", step, 2))
+        """A step on one LR image, so that a second rank has none."""
+        cohorts = mine(cohorts or pick(self.cohorts, 0, "cold start", step, 1))
         return stage.supervised_step(self.judge, self.cfg, self.optimizers, cohorts, step)
 
     def grpo(self, step: int) -> dict:
@@ -108,23 +108,22 @@ def assert_same_answers(ranks: list[dict], alone: dict) -> None:
         assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(earned, earned_alone))
 
 
-def test_two_and_three_processes_train_what_one_does_and_skip_a_nan_together(tmp_path):
+def test_two_processes_train_what_one_does_and_skip_a_nan_together(tmp_path):
     """Rows to rounding; weights to a part of what Adam moves, which magnifies rounding near 0."""
     alone = Trainee().run()
-    for processes in (2, 3):
-        ranks = launch(tmp_path, processes)
-        assert_same_answers(ranks, alone)
-        for rank in ranks:
-            for row, wanted in zip(rank["rows"], alone["rows"], strict=True):
-                for key, value in wanted.items():
-                    same = row[key] == value or math.isclose(row[key], value, rel_tol=2e-4, abs_tol=2e-6)
-                    assert same, (key, row[key], value)
-            for name, value in alone["weights"].items():
-                error = (rank["weights"][name] - value).abs()
-                assert error.max() <= 4e-3 and error.mean() <= 4e-5, (name, error.max(), error.mean())
-                assert torch.equal(rank["weights"][name], ranks[0]["weights"][name])
-            assert rank["scores"] == alone["scores"]
-            assert rank["nan"] == [True, [1, 1, 1], [1, 1, 1]]
+    ranks = launch(tmp_path, 2)
+    assert_same_answers(ranks, alone)
+    for rank in ranks:
+        for row, wanted in zip(rank["rows"], alone["rows"], strict=True):
+            for key, value in wanted.items():
+                same = row[key] == value or math.isclose(row[key], value, rel_tol=2e-4, abs_tol=2e-6)
+                assert same, (key, row[key], value)
+        for name, value in alone["weights"].items():
+            error = (rank["weights"][name] - value).abs()
+            assert error.max() <= 4e-3 and error.mean() <= 4e-5, (name, error.max(), error.mean())
+            assert torch.equal(rank["weights"][name], ranks[0]["weights"][name])
+        assert rank["scores"] == alone["scores"]
+        assert rank["nan"] == [True, [1, 1, 1], [1, 1, 1]]
 
 
 def test_a_model_that_computes_nan_is_noticed_in_both_phases():
@@ -132,7 +131,7 @@ def test_a_model_that_computes_nan_is_noticed_in_both_phases():
     with torch.no_grad():
         trainee.judge.net.lm_head.weight[trainee.judge.digit_ids[4], 0] = torch.nan
     row = trainee.supervise(0)
-    assert row["skipped_updates"] == 1 and stage.why_skipped(row) == "2 losses are not finite, grad_norm nan"
+    assert row["skipped_updates"] == 1 and stage.why_skipped(row) == "losses that are not finite: 1, grad_norm nan"
     row = trainee.grpo(0)
     assert row["nonfinite_losses"] == 6 and row["skipped_updates"] == 2           # three LR images, two passes
 

@@ -1,113 +1,106 @@
 """
-Token trees against transformers' own forward pass with one plain row per leaf.
+Shared prefixes against one plain row per reply, of each family: values, gradients, with and without what saves memory.
 
-Run     python -m pytest tests/test_token_tree.py       # 15 s
+Run     python -m pytest tests/test_token_tree.py       # 20 s
 """
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
-from common import mllm, token_tree
-from conftest import build_judge, make_images
-from plain_rows import leaves
+import plain_rows
+from common import mllm, replies, token_tree
+from common.replies import answer_logp, token_logp
+from common.small_mllm import build_tokenizer
+from conftest import load_stage, make_images
+from test_families import CPU, load, save_random, stock_inputs
+
+GROUPS = [make_images(0, 64, 64, count=2), make_images(1, 64, 112, count=3)]     # [LR, candidate, ..]
 
 
-def build_trees(judge) -> tuple[list, list]:
-    """Two rows of unlike image sizes; below each candidate two replies, and the first goes on in two ways."""
-    groups = [make_images(1, 32, 32, count=2), make_images(2, 32, 64, count=3)]
-    _, grids = mllm.pixel_patches(judge, groups)
-    trees, at = [], 0
-    for group in groups:
-        row = mllm.prompt_row(judge, grids[at], grids[at + 1:at + len(group)])
-        for candidate in range(1, len(group)):
-            row += [token_tree.text_segment(judge.encode("<thinking>close; good"), candidate),
-                    token_tree.text_segment(judge.encode("consistency: 7, naturalness"), candidate)]
-            first = len(row) - 2
-            row += [token_tree.text_segment(judge.encode(end), first) for end in ("; far off", "</answer>1")]
-        trees.append(row)
-        at += len(group)
-    return groups, trees
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def judge(request, tmp_path_factory) -> mllm.Judge:
+    """A small random one of each family, with LoRA, loaded as a hub checkpoint is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_random(folder, request.param, build_tokenizer())
+    return load(folder, lora=True)
 
 
-def plain_hidden(judge, group: list, row: list, *, leaf: int) -> torch.Tensor:
-    """Hidden states [n, D] of one leaf's row, all by transformers: images, positions and causal mask."""
-    path = token_tree.path(row, leaf)
-    ids = torch.tensor([[token for s in path for token in row[s].ids]])
-    pixels, grids = mllm.pixel_patches(judge, [[group[0], group[path[1]]]])
-    output = judge.net.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels,
-                             image_grid_thw=grids, mm_token_type_ids=(ids == judge.image_id).int())
-    return output.last_hidden_state[0]
-
-
-def gradients(judge, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    judge.net.zero_grad()
+def loss_and_gradients(judge: mllm.Judge, groups: list[list]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean log-probability of three replies and of all digits to each candidate."""
+    rng = np.random.default_rng(0)
+    texts = [[[judge.encode(mllm.compose_reply(rng.uniform(1, 9, 3), "warp" * k)) for k in range(3)]
+              for _ in group[1:]] for group in groups]
+    digits = judge.digit_ids.expand(3 * sum(map(len, texts)), -1)
+    logp, mask, digit_logp = answer_logp(judge, *mllm.image_features(judge, groups), texts, digits)
+    loss = logp[mask].mean() + digit_logp.mean()
     loss.backward()
-    return {name: p.grad.clone() for name, p in judge.net.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in judge.model.named_parameters() if p.grad is not None}
+    judge.model.zero_grad()
+    return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("view", ["image", "clip"])
-def test_a_tree_equals_one_row_per_leaf_in_values_and_gradients(view):
-    judge, _ = build_judge(view)
-    groups, trees = build_trees(judge)
-    rows = token_tree.collate(trees, judge.device)
-    hidden = mllm.hidden_states(judge, rows, mllm.image_features(judge, groups)[0])
-    tree_loss, plain_loss, compared = 0.0, 0.0, 0
-    for b, (group, row) in enumerate(zip(groups, trees)):
-        for leaf in leaves(row):
-            plain = plain_hidden(judge, group, row, leaf=leaf)
-            path = token_tree.path(row, leaf)
-            columns = [rows.starts[b][s] + i for s in path for i in range(len(row[s].ids))]
-            torch.testing.assert_close(hidden[b, columns], plain, rtol=1e-5, atol=1e-5)
-            direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(100 * b + leaf))
-            tree_loss = tree_loss + (hidden[b, columns] * direction).sum()
-            plain_loss = plain_loss + (plain * direction).sum()
-            compared += 1
-    assert compared == 3 * 2 + 3 * 3                                    # three leaves per candidate
-    ours, theirs = gradients(judge, tree_loss), gradients(judge, plain_loss)
-    assert ours.keys() == theirs.keys() and any("visual" in name for name in ours)
-    for name, gradient in theirs.items():
-        size = float(gradient.abs().max())
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(size, 1), msg=name)
+@pytest.mark.parametrize("trained, long", [("lora", 10**6), ("lora", 0), ("all", 0)])
+def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, monkeypatch, trained, long):
+    """With one dense mask, and branch by branch (long 0)."""
+    monkeypatch.setattr(token_tree, "LONG", long)
+    frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
+    judge.model.requires_grad_(True) if trained == "all" else None
+    results = []
+    for rows in (nullcontext(), plain_rows.plain_rows()):
+        with rows:
+            results.append(loss_and_gradients(judge, GROUPS))
+    for name, p in judge.model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    (loss, gradients), (plain_loss, plain) = results
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == plain.keys() and any("visual" in name for name in plain) == (trained == "all")
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
 
 
-def test_siblings_do_not_see_each_other_and_padding_changes_nothing():
-    judge, _ = build_judge()
-    groups, trees = build_trees(judge)
+def test_plain_rows_are_what_transformers_computes_from_pixels(judge):
+    lr, *images = GROUPS[1]
+    features, grids = mllm.image_features(judge, [[lr, *images]])
+    row = mllm.prompt_row(judge, grids[0], grids[1:])
     with torch.no_grad():
-        features, _ = mllm.image_features(judge, groups)
-        rows = token_tree.collate(trees, judge.device)
-        before = mllm.hidden_states(judge, rows, features)
-        alone = mllm.hidden_states(judge, token_tree.collate(trees[:1], judge.device), features[:3])
-        torch.testing.assert_close(alone[0], before[0, :alone.shape[1]], rtol=1e-5, atol=1e-5)
-
-        changed = [list(row) for row in trees]
-        target = len(groups[0])                                 # the first reply, in the middle of the row
-        changed[0][target] = token_tree.text_segment(judge.encode("broken bad" * 3), 1)
-        rows_after = token_tree.collate(changed, judge.device)
-        after = mllm.hidden_states(judge, rows_after, features)
-    for s, segment in enumerate(trees[0]):
-        n, (i, j) = len(segment.ids), (rows.starts[0][s], rows_after.starts[0][s])
-        same = torch.allclose(before[0, i:i + n], after[0, j:j + n], atol=1e-5)
-        assert same == (s != target and segment.parent != target), f"segment {s}"
+        hidden = plain_rows.hidden_states(judge, token_tree.collate([row], CPU), features)
+        for c, image in enumerate(images):
+            wanted = judge.net.model(**stock_inputs(judge, [lr, image], "")).last_hidden_state[0]
+            at = len(row[0].ids) + sum(len(s.ids) for s in row[1:1 + c])
+            torch.testing.assert_close(hidden[0, at:at + len(row[1 + c].ids)], wanted[len(row[0].ids):])
 
 
-def test_where_a_reply_is_predicted():
-    judge, _ = build_judge()
-    _, trees = build_trees(judge)
-    rows = token_tree.collate(trees, judge.device)
-    written = [(1, 5), (0, 3)]
-    b, column, token = token_tree.reply_tokens(rows, written)
-    assert token.tolist() == trees[1][5].ids + trees[0][3].ids
-    at = 0
-    for row, s in written:
-        n, parent, start = len(trees[row][s].ids), trees[row][s].parent, rows.starts[row][s]
-        assert b[at:at + n].tolist() == [row] * n
-        last_of_parent = rows.starts[row][parent] + len(trees[row][parent].ids) - 1
-        assert column[at:at + n].tolist() == [last_of_parent, *range(start, start + n - 1)]
-        at += n
+@pytest.mark.parametrize("family, lora, long", [("qwen2_5_vl", True, 10**6), ("qwen3_vl", False, 0)])
+def test_activations_computed_again_give_the_same_loss_and_gradients(tmp_path, monkeypatch, family, lora, long):
+    monkeypatch.setattr(token_tree, "LONG", long)
+    save_random(tmp_path, family, build_tokenizer())
+    stage, results, held = load_stage("02"), [], []
+    for checkpointing in (False, True):
+        cfg = stage.Config(run="", lora_rank=4 * lora, gradient_checkpointing=checkpointing)
+        judge = stage.prepare(cfg, load(tmp_path), lora=lora)
+        judge.model.train(checkpointing)
+        sizes = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            results.append(loss_and_gradients(judge, GROUPS[:1]))
+        held.append(sum(sizes))
+    (loss, kept), (again, computed) = results
+    assert held[1] < held[0] / 3 and loss == again
+    assert all(torch.equal(computed[name], gradient) for name, gradient in kept.items())
 
-    b, column = token_tree.last_tokens(rows, [[3], [5, 0]])
-    places = [(0, 3), (1, 5), (1, 0)]
-    assert b.tolist() == [row for row, _ in places]
-    assert column.tolist() == [rows.starts[row][s] + len(trees[row][s].ids) - 1 for row, s in places]
-    assert rows.ids[b, column].tolist() == [trees[row][s].ids[-1] for row, s in places]
+
+def test_log_probabilities_in_chunks_are_the_same_and_hold_no_logits(judge, monkeypatch):
+    vocabulary, n = judge.net.lm_head.out_features, 50
+    hidden = torch.randn(n, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tokens = judge.digit_ids[torch.arange(n * 2).view(n, 2) % 9]
+    results, held = [], []
+    for limit in (2**24, 7 * vocabulary):
+        monkeypatch.setattr(replies, "CHUNK_LOGITS", limit)
+        sizes = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            logp = token_logp(judge, hidden, tokens)
+        results.append((logp, *torch.autograd.grad(logp.square().sum(), hidden)))
+        held.append(max(sizes))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert held[0] == n * vocabulary > 4 * held[1]
