@@ -71,51 +71,50 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")                        # NaN and Infinity, which Python would accept
 
 
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 def check_group(group: object, folder: Path) -> None:
     """ValueError that says what is wrong with a line. Whether a file has its `sha256` shows when it is read."""
-    if not isinstance(group, dict):
-        raise ValueError("expected a JSON object")
+    need(isinstance(group, dict), "expected a JSON object")
     check_types(group, TYPES, "")
-    if group["split"] not in SPLITS:
-        raise ValueError(f"split {group['split']!r} is not one of {', '.join(SPLITS)}")
-    if not group["candidates"]:
-        raise ValueError("no candidates")
+    need(group["split"] in SPLITS, f"split {group['split']!r} is not one of {', '.join(SPLITS)}")
+    need(len(group["candidates"]) > 0, "no candidates")
     for candidate in group["candidates"]:
-        if not isinstance(candidate, dict):
-            raise ValueError("a candidate is not a JSON object")
+        need(isinstance(candidate, dict), "a candidate is not a JSON object")
         check_types(candidate, {"id": str, "path": str, "method": str}, " in a candidate")
     for axis, label in group["labels"].items():
         check_label(axis, label, len(group["candidates"]))
-    if not isinstance(group.get("sha256", {}), dict):
-        raise ValueError("sha256 should be an object")
+    need(isinstance(group.get("sha256", {}), dict), "sha256 should be an object")
     for name in files_of(group):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"the path {name!r} leads out of {folder}: paths are relative to it")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
+        path = PurePosixPath(name)
+        need(not path.is_absolute() and ".." not in path.parts,
+             f"the path {name!r} leads out of {folder}: paths are relative to it")
+        need((folder / name).is_file(), f"{folder / name} is missing")
 
 
-def check_types(record: dict, types: dict, where: str) -> None:
+def check_types(record: dict, types: dict[str, type | tuple], where: str) -> None:
+    """ValueError that names the key that the record lacks, or whose value is not of its type."""
     for key, kind in types.items():
-        if key not in record:
-            raise ValueError(f"key {key!r} is missing{where}")
-        if not isinstance(record[key], kind) or isinstance(record[key], bool):
-            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"key {key!r} should be {names}, not {record[key]!r}{where}")
+        need(key in record, f"key {key!r} is missing{where}")
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        need(isinstance(record[key], kind) and not isinstance(record[key], bool),
+             f"key {key!r} should be {names}, not {record[key]!r}{where}")
 
 
 def check_label(axis: str, label: object, count: int) -> None:
     """ValueError that says what is wrong with the label of `count` candidates on an axis."""
-    if axis not in AXES or not isinstance(label, dict) or not isinstance(label.get("ranks"), list):
-        raise ValueError(f"labels of {axis!r}: expected one of {', '.join(AXES)}, with a list of ranks")
+    need(axis in AXES and isinstance(label, dict) and isinstance(label.get("ranks"), list),
+         f"labels of {axis!r}: expected one of {', '.join(AXES)}, with a list of ranks")
     for key in ("ranks", "scores"):
         values = label.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != count:
-            raise ValueError(f"labels of {axis!r} do not fit the {count} candidates")
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-            raise ValueError(f"labels of {axis!r}: {key} should be numbers, not {values!r}")
+        if values is not None:
+            need(isinstance(values, list) and len(values) == count,
+                 f"labels of {axis!r} do not fit the {count} candidates")
+            need(all(type(value) in (int, float) and math.isfinite(value) for value in values),
+                 f"labels of {axis!r}: {key} should be numbers, not {values!r}")
 
 
 def load_groups(folder: str | Path, split: str) -> list[dict]:

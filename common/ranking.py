@@ -185,7 +185,7 @@ def rank_methods(scores: np.ndarray, methods: list[str], seed: int) -> list[dict
         wins = [value for value in wins if value is not None]
         rows.append({"method": methods[m], "images": int((~np.isnan(overall[:, m])).sum()),
                      **{axis: mean_of(scores[:, m, a], seed) for a, axis in enumerate(AXES)},
-                     "win_rate": round(float(np.mean(wins)), 4) if wins else None,
+                     "win_rate": round(float(np.mean(wins)), 4),          # never empty: bicubic has all images
                      "behind_best": mean_of(overall[:, order[0]] - overall[:, m], seed)})
     return rows
 
@@ -236,8 +236,7 @@ def page(results: dict, shown: list[tuple]) -> bytes:
         parts.append(f"<figure>{slider}<figcaption>Drag: {html.escape(rival)} on the left, "
                      f"{html.escape(best['method'])} on the right; image {html.escape(name)}.</figcaption></figure>")
     rows = [[row["method"], *(report.interval(row[axis]) for axis in AXES[::-1]),
-             "-" if row["win_rate"] is None else f"{row['win_rate']:.3f}",
-             "-" if row is best else report.interval(row["behind_best"]), str(row["images"])]
+             f"{row['win_rate']:.3f}", "-" if row is best else report.interval(row["behind_best"]), str(row["images"])]
             for row in results["ranking"]]
     head = ["method", *AXES[::-1], "win rate", "behind the best", "images"]
     parts += ["<h2>Ranking</h2>", report.table([head, *rows], best["method"]), READING,
