@@ -130,8 +130,8 @@ def restore(policy: Policy, lr: np.ndarray, key: tuple, *, tile: int, overlap: i
     x = sr_policy.draw_noise([key], (policy.channels, *seen.shape[-2:]), seen.device)
     for i in tqdm(range(policy.sampler.steps), "denoising steps", leave=False, disable=None if several else True):
         index = torch.tensor([i], device=x.device)
-        x = blend(lambda at: sr_policy.step(policy, take(x, tiles, at), index.expand(len(at)), take(seen, tiles, at))[0],
-                  tiles, batch)
+        x = blend(lambda at: sr_policy.step(policy, take(x, tiles, at), index.expand(len(at)),
+                                            take(seen, tiles, at))[0], tiles, batch)
     image = blend(lambda at: policy.decode(take(x, tiles, at), take(seen, tiles, at)).cpu(), tiles, batch)
     height, width = (policy.sampler.scale * length for length in lr.shape[:2])
     return image[..., :height, :width]
