@@ -432,7 +432,7 @@ def summary(judge: Judge, cfg: Config, rollouts: list[Rollout], rewards: list[tu
 
 def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, train: list[Cohort],
               step: int) -> tuple[dict, list[dict]]:
-    """One GRPO step; returns a row of metrics and a few sampled replies."""
+    """One GRPO step; returns a row of metrics, and the first reply to each candidate of one LR image."""
     clock = [time.time()]
     cohorts = pick(train, cfg.seed, "grpo", step, cfg.groups_per_step)
     reasoned = {c.id for c in cohorts[::cfg.groups_per_step // cfg.reasoned_groups][:cfg.reasoned_groups]}
@@ -464,20 +464,11 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
                skipped_updates=skipped, lr=optimizers["adamw"].param_groups[0]["lr"], **dict(zip(stats, sums)),
                seconds_sample=clock[1] - clock[0], seconds_score=clock[2] - clock[1],
                seconds_update=clock[3] - clock[2], peak_memory_gb=run.peak_memory_gb())
-    return row, examples_of(judge, rollouts, rewards)[:6]
-
-
-def examples_of(judge: Judge, rollouts: list[Rollout], rewards: list[tuple[Tensor, Tensor]]) -> list[dict]:
-    """The first reply with reasoning to each candidate, and what it earned."""
     examples = []
-    for rollout, (reply_rewards, _) in zip(rollouts, rewards):
-        earned = iter(reply_rewards)
-        for cohort, of_cohort in zip(rollout.cohorts, rollout.replies):
-            for c, replies in enumerate(of_cohort):
-                first = next(earned)[:1].tolist()
-                examples += [{"group": cohort.id, "candidate": c, "reply": mllm.reply_text(judge, replies[0]),
-                              "reward": first[0]}] if first else []
-    return examples
+    if rollouts and rollouts[0].replies[0][0]:
+        examples = [{"group": rollouts[0].cohorts[0].id, "candidate": c, "reply": mllm.reply_text(judge, replies[0]),
+                     "reward": float(rewards[0][0][c, 0])} for c, replies in enumerate(rollouts[0].replies[0])]
+    return row, examples
 
 
 # evaluate ------------------------------------------------------------------------------------------------------
