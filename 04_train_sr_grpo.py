@@ -108,8 +108,9 @@ class Config:
     save_every: int = 10                # steps between checkpoints; 20 times as many in the cold start
 
     def __post_init__(self):
-        for key, value in vars(self).items():
-            assert not isinstance(value, (int, float)) or value >= 0, f"{key}={value}: should be at least 0"
+        for key in ("noise_level", "steps", "window_start", "warmup_steps", "lora_rank", "clip_range", "kl_weight",
+                    "ratio_tolerance", "std_floor", "crop"):
+            assert vars(self)[key] >= 0, f"{key}={vars(self)[key]}: should be at least 0"
         for key in ("denoise_steps", "cold_start_steps", "cold_start_batch", "inputs_per_step", "samples_per_gpu",
                     "updates_per_rollout", "window_width", "lora_alpha", "crops_per_image", "eval_every",
                     "eval_inputs", "save_every"):

@@ -208,6 +208,12 @@ def test_restore_is_the_sd3_pipeline_of_diffusers(models, tmp_path, pooled, t5, 
     sr = sr_policy.restore(policy, expected["seen"], expected["first"])
     assert sr.shape == (3, 3, 32, 32) and sr.std() > 0.01 and torch.allclose(sr, expected["sr"], atol=1e-4)
     assert (sr_policy.restore(policy, 0 * expected["seen"], expected["first"]) - sr).abs().max() > 1e-3
+    large = torch.nn.functional.interpolate(pictures("sd3"), scale_factor=4, mode="bicubic", antialias=True)
+    with torch.no_grad():
+        code = policy.vae.encode(2 * large.clamp(0, 1) - 1).latent_dist
+    drawn = sr_policy.draw_noise([(*key, "lr") for key in keys()], (4, 8, 8), CPU)
+    control = 1.5305 * (code.mean + code.std * drawn - (0 if pooled else 0.0609))
+    assert torch.allclose(policy.observe(pictures("sd3"), keys()), control, atol=1e-4)
     policy = load("sd3", tmp_path / "empty", **settings)                # the text matters, as the ControlNet does
     assert not torch.allclose(sr_policy.restore(policy, expected["seen"], expected["first"]), sr, atol=1e-4)
 
