@@ -1,7 +1,7 @@
 """
 What people say: the page over real HTTP, the log, what is asked next, labels, agreement.
 
-Run     python -m pytest tests/test_annotate.py         # 1 min
+Run     python -m pytest tests/test_annotate.py         # 1 min, half of it the toy run that all tests share
 """
 import http.client
 import itertools
@@ -21,10 +21,10 @@ from scipy.optimize import minimize
 
 from annotation_server import Client, copy_toy, read_lines, serving
 from common import annotate, metrics
-from common.config import load_config
 from common.groups import all_groups, load_cohorts
 from common.images import read_image, resize
-from conftest import ROOT, load_stage, run_stage
+from conftest import ROOT, run_stage
+from test_build_dataset import run_here
 
 GROUPS = {f"g{i}": [f"g{i}_{c}" for c in range(4)] for i in range(5)}
 RECORDS = [{"id": name, "lr": f"{name}.png", "candidates": [{"id": c, "path": f"{c}.png"} for c in members]}
@@ -304,15 +304,7 @@ def test_several_annotators_at_once_lose_nothing_and_undo_takes_back_the_own_las
 @pytest.fixture
 def build(folder, toy_config, capfd):
     """Run stage 01 on `folder` in this process: (exit status, stderr)."""
-    def call(*settings):
-        module, code = load_stage("01"), 0
-        values = [str(toy_config), f"run={folder.parent}", *settings]
-        try:
-            module.main(load_config(module.Config, module.__file__, values))
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capfd.readouterr().err
-    return call
+    return lambda *settings: (run_here(toy_config, f"run={folder.parent}", *settings), capfd.readouterr().err)
 
 
 @contextmanager

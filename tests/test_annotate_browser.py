@@ -45,12 +45,12 @@ class Browser:
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         for _ in range(600):
             try:
-                found = self.send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+                session = self.send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
                 break
             except urllib.error.URLError as error:
                 assert not isinstance(error, urllib.error.HTTPError), error.read()
                 time.sleep(0.1)
-        self.base += f"/session/{found['sessionId']}"
+        self.base += f"/session/{session['sessionId']}"
 
     def send(self, method: str, path: str, body: dict | None = None):
         data = None if body is None else json.dumps(body).encode()

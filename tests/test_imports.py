@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import load_config
 from common.groups import label_arrays, load_groups
 from common.images import read_image, resize, write_png
-from conftest import load_stage
+from test_build_dataset import run_here
 
 SCENES = [f"{i:03d}" for i in range(8)]
 METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
@@ -46,12 +45,7 @@ def build(tmp_path, capfd):
         values = {"hr_dir": None, "import_from": str(place), "val_fraction": 0.2, "test_fraction": 0.2, "workers": 1}
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps({"run": str(tmp_path / "run"), "seed": 0, "01_build_dataset": values | settings}))
-        module, code = load_stage("01"), 0
-        try:
-            module.main(load_config(module.Config, module.__file__, [str(path)]))
-        except SystemExit as stop:
-            code = stop.code or 0
-        return tmp_path / "run" / "01_build_dataset", code, capfd.readouterr().err
+        return tmp_path / "run" / "01_build_dataset", run_here(path), capfd.readouterr().err
     return call
 
 
