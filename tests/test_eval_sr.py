@@ -6,7 +6,6 @@ Run     python -m pytest tests/test_eval_sr.py        # 1 min, and one for stage
 import csv
 import json
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -221,30 +220,11 @@ def test_metrics_of_pyiqa_are_called_by_name(monkeypatch, capsys):
 
 # pictures and report -----------------------------------------------------------------------------------------
 
-class Page(HTMLParser):
-    """Collects tags, their sources, and whether every tag that was opened is closed."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.tags = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for key, value in attrs if key in ("src", "href")]
-        if tag not in ("img", "meta", "input", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_the_report_is_whole_and_needs_nothing_else(compared):
-    text = (compared / "report.html").read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text)
-    assert page.open == [] and page.tags.count("img") >= 2 + 5 * 4 and "table" in page.tags and "Larger crops" in text
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "http" not in text and "nan" not in text.lower().split()
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == page.count('src="data:image/png;base64,') >= 2 + 5 * 4 and "http" not in page
+    assert page.count("<figure>") == page.count("</figure>") == 1 + 3 + 1       # slider, test images, a larger crop
+    assert "<table>" in page and "nan" not in page.lower().split()
     assert Image.open(compared / "images" / "contact_sheet.png").width > 5 * 192
 
 
