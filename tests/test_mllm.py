@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common import mllm, run
+from common.images import resize
 from common.metrics import AXES
 from common.mllm import Judge
 from conftest import build_judge, make_images
@@ -76,6 +77,16 @@ def test_a_changed_prompt_changes_the_version(judge):
     lr, candidate = "<|image_pad|>" * 6, "<|image_pad|>" * 4
     assert ids == judge.encode(f"<|im_start|>user\n{text}\n<|vision_start|>{lr}<|vision_end|>\n<|vision_start|>"
                                f"{candidate}<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_clip_holds_the_lr_image_in_its_first_frame_and_the_candidate_in_its_second():
+    judge, _ = build_judge("clip")
+    lr, *images = make_images(0)
+    shown = [resize(lr, (32, 32), "bicubic"), *images]
+    still = judge.processor(shown, return_tensors="pt")["pixel_values"].view(4, 16, 3, 2, 64)    # [.., frame, px]
+    clip = mllm.pixel_patches(judge, [[lr, *images]])[0].view(4, 16, 3, 2, 64)
+    assert torch.equal(clip[..., 1, :], still[..., 1, :]) and torch.equal(clip[..., 0, :], still[:1, ..., 0, :].expand(
+        4, -1, -1, -1))
 
 
 # a score belongs to its (LR, candidate) alone --------------------------------------------------------------------
