@@ -65,11 +65,7 @@ def load_policy(folder: Path, device: torch.device) -> "Policy | LatentPolicy | 
     if "policy" not in run.read_json(folder / "sampler.json"):
         return sr_policy.load_small(folder, device)
     sampler = sr_policy.read_sampler(Published, folder)
-    return build(replace(sampler, model=str(folder)) if sampler.model == "." else sampler, device)
-
-
-def build(sampler: Published, device: torch.device) -> "LatentPolicy | FlowPolicy":
-    """The frozen policy of a published pipeline."""
+    sampler = replace(sampler, model=str(folder)) if sampler.model == "." else sampler
     kind = FlowPolicy if sampler.policy == "sd3" else LatentPolicy
     return kind(load_pipeline(sampler), sampler).to(device).eval().requires_grad_(False)
 
