@@ -233,7 +233,7 @@ def leave_out(groups: list[dict], names: list[str]) -> list[dict]:
     for group in groups:
         rest = [c for c, candidate in enumerate(group["candidates"]) if not has_method(candidate, names)]
         labels = {axis: label | {key: [label[key][c] for c in rest] for key in ("ranks", "scores", "votes")
-                                 if label.get(key)}
+                                 if isinstance(label.get(key), list)}
                   for axis, label in group["labels"].items()}
         if len(rest) > 1:
             result.append(group | {"candidates": [group["candidates"][c] for c in rest], "labels": labels})
