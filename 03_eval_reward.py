@@ -13,7 +13,7 @@ With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead (common
 Run     python 03_eval_reward.py configs/demo.yaml
         python 03_eval_reward.py configs/demo.yaml lr_dir=photos/lr sr_dirs=photos/esrgan,ours=photos/v3
         torchrun --standalone --nproc_per_node=8 03_eval_reward.py configs/full.yaml
-Reads   <run>/01_build_dataset/   test split; of the train split only the labels, for the method prior
+Reads   <run>/01_build_dataset/   test split; of the train split, which may be missing, the labels for the method prior
         <run>/02_train_reward/    judge/, or the folder given as judge=
 Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  results.json  examples.png  probes.png
                                   scores.jsonl (a line per candidate, with a reply where one was sampled)  manifest.json
@@ -38,7 +38,7 @@ from common import dist, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import group_images, judged_on, label_arrays, leave_out, load_groups, lr_image, method_prior
+from common.groups import all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior
 from common.images import luma, sheet, write_png
 from common.metrics import AXES
 from common.mllm import Judge
@@ -91,14 +91,15 @@ class Config:
 
 # what is evaluated -----------------------------------------------------------------------------------------
 
-def load_labeled(folder: Path, split: str) -> list[dict]:
-    """The groups of a split that have labels; all with the same number of candidates C."""
-    groups = [group for group in load_groups(folder, split) if group["labels"]]
-    counts = {len(group["candidates"]) for group in groups}
-    if len(groups) < 2 or len(counts) > 1:
-        fail(f"{folder}: {split} has {len(groups)} labeled groups of {sorted(counts)} candidates, not 2 or more of one "
+def load_labeled(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The labeled groups of test, two or more that all have C candidates, and of train: perhaps none."""
+    labeled = [group for group in all_groups(folder) if group["labels"]]
+    test, train = ([group for group in labeled if group["split"] == split] for split in ("test", "train"))
+    counts = {len(group["candidates"]) for group in test}
+    if len(test) < 2 or len(counts) > 1:
+        fail(f"{folder}: test has {len(test)} labeled groups of {sorted(counts)} candidates, not 2 or more of one "
              "size: build another data set with 01_build_dataset.py")
-    return groups
+    return test, train
 
 
 def other_groups(groups: list[dict], seed: int) -> list[dict]:
@@ -276,10 +277,14 @@ def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarra
 
 def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.ndarray, ranks: np.ndarray,
                             seed: int) -> dict:
-    """{pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `train` has."""
+    """
+    {pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `train` has.
+
+    Without `train` nothing is known of the methods, and there are no such pairs.
+    """
     known = {part for group in train for candidate in group["candidates"] for part in candidate["method"].split("+")}
     right, pairs = np.zeros((2, len(groups)))
-    for g, group in enumerate(groups):
+    for g, group in enumerate(groups if train else []):
         new = np.array([not set(candidate["method"].split("+")) <= known for candidate in group["candidates"]])
         hits, better, worse = metrics.pair_hits(scores[g], ranks[g])
         inside = new[better] | new[worse]
@@ -295,6 +300,8 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
     lacking = [name for name, values in scores.items() if np.isnan(values[~np.isnan(ranks)]).any()]
     notes = [f"{SCORERS[name][0]} left out: " + ("the judge came without stage 02" if name == "before_grpo" else
                                                  "some groups lack the ground truth") for name in lacking]
+    if not train:
+        notes.append("method prior left out: the train split has no labels")
     notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(ranks[..., a]).all()]
     accuracy, margin = accuracies({name: scores[name] for name in scores if name not in lacking}, ranks, seed)
     return {"summary": f"{len(groups)} LR groups x {ranks.shape[1]} candidates of {len(sources)} photographs "
@@ -309,13 +316,14 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
 def headline(results: dict, images_per_second: float) -> dict:
     """The numbers of the manifest; None where there is no label."""
     accuracy, margin, readouts, probes = (results[key] for key in ("accuracy", "judge_minus", "readouts", "probes"))
+    absent = {"overall": {"value": None, "ci95": None}}
     return {"pair_accuracy": accuracy["judge"]["overall"]["value"],
             "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"],
             "pair_accuracy_lr_blind": accuracy["lr_gray"]["overall"]["value"],
             "pair_accuracy_lr_shuffled": accuracy["lr_shuffled"]["overall"]["value"],
-            "pair_accuracy_method_prior": accuracy["method_prior"]["overall"]["value"],
+            "pair_accuracy_method_prior": accuracy.get("method_prior", absent)["overall"]["value"],
             "margin_over_lr_blind_ci95": margin["lr_gray"]["overall"]["ci95"],
-            "margin_over_method_prior_ci95": margin["method_prior"]["overall"]["ci95"],
+            "margin_over_method_prior_ci95": margin.get("method_prior", absent)["overall"]["ci95"],
             "srcc": results["srcc"]["overall"],
             "consistency_accuracy": accuracy["judge"]["consistency"]["value"],
             "naturalness_accuracy": accuracy["judge"]["naturalness"]["value"],
@@ -475,7 +483,8 @@ def main(cfg: Config) -> None:
     source = run.require(cfg.run, "01_build_dataset")
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     settings = run.settings_of(judged_by, "02_train_reward")
-    groups = load_labeled(source, "test")
+    groups, train = load_labeled(source)
+    train = leave_out(train, settings.get("held_out_methods", []))
     with_hr = [group for group in groups if group["hr"]]
     chosen = spread(len(groups), cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
@@ -504,9 +513,9 @@ def main(cfg: Config) -> None:
     # 4. results, and pictures of them
     if dist.is_main():
         ranks = label_arrays(groups).ranks
-        train = leave_out(load_labeled(source, "train"), settings.get("held_out_methods", []))
         scores = {name: measured[:, :, i] for i, name in enumerate(MEASURED)}
-        scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
+        if train:
+            scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
         results, texts = evaluate(groups, train, scores, ranks, cfg.seed), {}
         if replies is not None:
             written, sampled = read_replies(judge, replies)

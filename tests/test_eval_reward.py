@@ -96,11 +96,12 @@ def test_two_processes_measure_what_one_does(evaluated, toy_config, tmp_path):
     assert one["probes"]["all"]["value"] == pytest.approx(two["probes"]["all"]["value"])
 
 
-def test_labels_of_people_on_some_axes_without_ground_truth_and_a_judge_that_was_not_trained(
+def test_a_test_split_alone_with_labels_of_people_on_one_axis_and_no_ground_truth_for_a_judge_without_stage_02(
         evaluated, toy_config, tmp_path):
     folder = copy_run(evaluated, tmp_path / "run")
     path = folder / "01_build_dataset" / "groups.jsonl"
     groups = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = [group for group in groups if group["split"] == "test"]                    # as an import may have it
     for group in groups:
         del group["sha256"][group["hr"]]
         group["hr"] = None
@@ -117,10 +118,11 @@ def test_labels_of_people_on_some_axes_without_ground_truth_and_a_judge_that_was
     wanted = slow_accuracy(lines_of(folder), "naturalness")
     assert results["accuracy"]["judge"]["naturalness"]["value"] == pytest.approx(wanted, abs=1e-4)
     assert results["accuracy"]["judge"]["overall"] == {"value": None, "ci95": None}
-    assert not {"psnr", "ssim", "before_grpo"} & set(results["accuracy"])
+    assert not {"psnr", "ssim", "before_grpo", "method_prior"} & set(results["accuracy"])
     assert results["readouts"] is None and results["probes"] is None
     notes = " ".join(results["notes"])
     assert "lack the ground truth" in notes and "came without stage 02" in notes and "no label on overall" in notes
+    assert "method prior left out" in notes and results["new_methods"]["pairs"] == 0
 
 
 # scorers ---------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_labels_of_people_on_some_axes_without_ground_truth_and_a_judge_that_was
 def test_every_scorer_is_what_its_name_says(toy_run):
     stage, source = load_stage("03"), toy_run / "01_build_dataset"
     judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
-    groups = stage.load_labeled(source, "test")
+    groups = stage.load_labeled(source)[0]
     measured, seconds = stage.measure(judge, judge, source, groups, seed=0, batch=3)
     assert measured.shape == (8, 4, len(stage.MEASURED), 3) and seconds > 0
     column = {name: measured[:2, :, i] for i, name in enumerate(stage.MEASURED)}
