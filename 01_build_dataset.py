@@ -264,7 +264,7 @@ def settle_plan(folder: Path, make_plan: Callable[[], list[dict]]) -> list[dict]
     path = folder / "progress" / "plan.json"
     begun_before = path.exists()
     try:
-        plan = make_plan()
+        plan = run.plain(make_plan())                       # NaN, as tables hold, is no JSON
     except SystemExit:
         if not begun_before:                                # or corrected settings would be refused as others
             run.discard(folder)

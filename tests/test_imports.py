@@ -127,7 +127,8 @@ def test_jsonl_with_sources_splits_and_pictures_elsewhere_of_another_format(buil
         s = int(row[0][3:6])
         names = {"candidate": row[1].replace("SwinIR/", "../SwinIR/").replace("R/003.png", "R/003.bmp"),
                  "lr": str(pictures / row[0]), "hr": f"hr/{s:03d}.png", "method": row[2], "mos": row[3]}
-        lines.append(names | {"source": f"photo{s // 2}", "split": ("train", "train", "validation", "test")[s // 2]})
+        lines.append(names | {"source": f"photo{s // 2}", "split": ("train", "train", "validation", "test")[s // 2],
+                              "niqe": float("nan")})
     (pictures / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder, code, err = build(pictures / "set.jsonl")
     assert code == 0, err
@@ -136,6 +137,7 @@ def test_jsonl_with_sources_splits_and_pictures_elsewhere_of_another_format(buil
                                               "test_00000", "test_00001"]
     assert lines[0]["source"] == lines[1]["source"] == "photo0" and lines[0]["hr"] == "hr/train_00000.png"
     assert lines[0]["labels"]["overall"]["scores"] == [90, 80, 80, 60]
+    assert lines[0]["candidates"][0]["extra"]["niqe"] is None           # NaN is no JSON
     written = folder / lines[3]["candidates"][3]["path"]
     assert Image.open(written).format == "PNG"
     assert np.array_equal(read_image(written), read_image(tmp_path / "SwinIR" / "003.bmp"))
