@@ -103,6 +103,7 @@ class Config:
         assert 1 <= self.reasoned_groups <= self.groups_per_step, "reasoned_groups must be in 1..groups_per_step"
         assert self.width % self.heads == 0 and self.vision_width % self.heads == 0, "heads must divide both widths"
         assert self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype}"
+        mllm.check_views(self.lr_view, self.candidate_view)
         assert self.looks in (1, 8, 48), f"looks={self.looks}: should be 1, 8 or 48"
         assert self.lora_rank or self.dtype == "float32", \
             f"lora_rank=0 trains all weights: dtype={self.dtype} would round its updates away; set dtype=float32"

@@ -70,6 +70,13 @@ def compose_reply(targets: np.ndarray, method: str) -> str:
     return f"<thinking>{why}</thinking><answer>{answer}</answer><|im_end|>"
 
 
+def check_views(lr_view: str, candidate_view: str) -> None:
+    """AssertionError unless a Judge can have these two views."""
+    assert lr_view in ("resized", "native"), f"lr_view must be resized or native, not {lr_view}"
+    assert candidate_view in ("image", "clip"), f"candidate_view must be image or clip, not {candidate_view}"
+    assert (lr_view, candidate_view) != ("native", "clip"), "candidate_view=clip needs lr_view=resized"
+
+
 @dataclass
 class Judge:
     model: torch.nn.Module          # of one of the FAMILIES, bare or inside a PeftModel
@@ -81,9 +88,7 @@ class Judge:
 
     def __post_init__(self):
         encode = self.encode
-        assert self.lr_view in ("resized", "native"), f"lr_view must be resized or native, not {self.lr_view}"
-        assert self.candidate_view in ("image", "clip"), f"candidate_view: image or clip, not {self.candidate_view}"
-        assert (self.lr_view, self.candidate_view) != ("native", "clip"), "candidate_view=clip needs lr_view=resized"
+        check_views(self.lr_view, self.candidate_view)
         self.net.set_attn_implementation({"text_config": token_tree.NAME})
         digits = [encode(d) for d in DIGITS]
         assert all(len(ids) == 1 for ids in digits), "the tokenizer must have one token for each digit 1..9"
