@@ -264,6 +264,7 @@ def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[C
 
 def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val: list[Cohort]) -> None:
     """Supervised fine-tuning; writes <folder>/model and, last, done.json."""
+    dist.barrier()                                              # every rank has seen that there is no done.json yet
     weights = trainable(judge.model)
     averaged = copied(weights)
     optimizers = make_optimizers(weights, cfg.cold_start_lr, cfg.cold_start_muon_lr if cfg.model == "small" else 0)
