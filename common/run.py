@@ -174,15 +174,16 @@ def write_manifest(folder: Path, *, script: str, started: float, inputs: list[Pa
     if not dist.is_main():
         return
     cuda = torch.cuda.is_available()
-    models = [path for path in sorted(folder.glob("*/**/*")) if path.suffix in (".json", ".safetensors")]
+    models = [path.relative_to(folder) for path in sorted(folder.glob("*/**/*"))
+              if path.suffix in (".json", ".safetensors")]
     write_json(folder / "manifest.json", {
         "stage": Path(script).stem,
         "results": results,
         "argv": sys.argv,
         "git": git_state(Path(script).resolve().parent),
         "inputs": {path.name: sha256(path / "manifest.json") for path in inputs if (path / "manifest.json").exists()},
-        "weights": {path.relative_to(folder).as_posix(): sha256(path) for path in models
-                    if "checkpoints" not in path.parts},        # so that a damaged file is noticed, see require
+        "weights": {path.as_posix(): sha256(folder / path) for path in models       # damage is noticed, see require
+                    if not {"checkpoints", "records"} & set(path.parts)},           # records: of restored pictures
         "seconds": round(time.time() - started, 1),             # of this process, since the last resume
         "world_size": dist.world_size(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
@@ -258,7 +259,7 @@ def plain(value: object) -> object:
 def write_json(path: Path, value: object) -> None:
     """Write value as strict JSON, whole or not at all."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(errors="backslashreplace"))      # \udcff: of a name that is not UTF-8
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -267,7 +268,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
-    """Write a table for a spreadsheet, whole or not at all; its head are the keys, alike in all records."""
+    """Write a table for a spreadsheet, whole or not at all; its head is the keys, which all records share."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
     writer.writeheader()

@@ -115,6 +115,7 @@ def test_a_folder_that_cannot_be_written_stops(tmp_path, capsys):
 
 
 def test_the_manifest_knows_results_inputs_and_weights(tmp_path, capsys):
+    tmp_path = tmp_path / "checkpoints"                                 # a run may be called so, too
     first, folder = tmp_path / "01_build_dataset", tmp_path / "02_train_reward"
     path = folder / "judge" / "adapter" / "adapter_model.safetensors"
     for file in (first / "manifest.json", path, folder / "checkpoints" / "step_000001" / "weights.safetensors"):
