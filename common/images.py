@@ -164,7 +164,7 @@ def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]
 
 
 def cut(image: np.ndarray, corner: tuple[int, int], side: int, scale: int) -> np.ndarray:
-    """The part [scale * side, scale * side, 3] of an SR image at `corner` (y, x) of its LR image, in LR px; scale 1: of LR."""
+    """[scale * side, scale * side, 3] of an SR image at `corner` (y, x) of its LR image, LR px; scale 1: of LR."""
     y, x = (scale * place for place in corner)
     return np.ascontiguousarray(image[y:y + scale * side, x:x + scale * side])
 

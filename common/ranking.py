@@ -250,7 +250,7 @@ def page(results: dict, shown: list[tuple]) -> bytes:
     if left_out:
         rows = [["file", "reason"], *([item["file"], item["reason"]] for item in left_out[:50])]
         parts += ["<h2>Files left out</h2>", report.table(rows)]
-    return report.page("Super-resolution methods, ranked", parts).encode()
+    return report.page("Super-resolution methods, ranked", parts).encode(errors="replace")
 
 
 def write(folder: Path, scenes: list[Scene], measured: np.ndarray, methods: list[str], *, side: int,

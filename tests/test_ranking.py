@@ -51,11 +51,12 @@ def test_what_a_ranking_leaves_behind(toy_run, toy_config, folders, tmp_path):
     for key in ("soft", "sharp"):
         write_png(folders[key] / "e.png", make_images(0)[1])
     write_png(folders["soft"] / "f.png", make_images(0)[1])                 # no LR image of this name
+    (folders["soft"] / "g\udcff.png").write_bytes(b"")                      # nor a name in UTF-8
     rank(arguments(toy_run, toy_config, folders, f"judge={toy_run / '02_train_reward'}"))
     out = tmp_path / "out"
     results, page, lines = run.read_json(out / "results.json"), (out / "report.html").read_text(), table_of(out)
     assert {Path(item["file"]).name: item["reason"].split(":")[0] for item in results["left_out"]} == {
-        "e.png": "cannot be read", "f.png": "no LR image of this name"}
+        "e.png": "cannot be read", "f.png": "no LR image of this name", "g\udcff.png": "no LR image of this name"}
     assert len(lines) == 4 * 3 and {line["method"] for line in lines} == {"soft", "x", BICUBIC}
     overall = {method: np.array([float(line["overall"]) for line in lines if line["method"] == method])
                for method in ("soft", "x", BICUBIC)}
