@@ -107,8 +107,9 @@ def policy_folders(cfg: Config) -> dict[str, Path]:
 
 
 def judge_folder(cfg: Config, tuned_by: Path) -> Path:
-    """`judge`, or else the one that stage 04, in the folder tuned_by, optimized: by default this run's stage 02."""
-    return Path(cfg.judge or run.settings_of(tuned_by, "04_train_sr_grpo").get("judge") or f"{cfg.run}/02_train_reward")
+    """`judge`, or else the one that stage 04, in the folder tuned_by, optimized: by default the stage 02 beside it."""
+    optimized = run.settings_of(tuned_by, "04_train_sr_grpo").get("judge")
+    return Path(cfg.judge or optimized or tuned_by.parent / "02_train_reward")
 
 
 def load_pyiqa(names: list[str], device: torch.device) -> dict[str, torch.nn.Module]:
@@ -309,7 +310,7 @@ def load_folder_judge(cfg: Config, judged_by: Path, device: torch.device) -> tup
     """The judge and the side (px of SR) of the crops that it learned on; none if it or stage 01 is missing."""
     sources = [parent / "01_build_dataset" for parent in (judged_by.parent, Path(cfg.run))]
     sources = [source for source in sources if (source / "groups.jsonl").exists()]
-    missing = judged_by.parent == Path(cfg.run) and not (judged_by / "manifest.json").exists()
+    missing = judged_by.name == "02_train_reward" and not (judged_by / "manifest.json").exists()
     if not cfg.judge_crops or not sources or missing:
         return None, 0
     return mllm.load_judge(judged_by, device), judged_on(sources[0])["hr_size"]
@@ -361,8 +362,8 @@ def main(cfg: Config) -> None:
     source, folders = run.require(cfg.run, "01_build_dataset"), policy_folders(cfg)
     tuned_by = folders["base"].parent                                   # its settings say what the reward is
     judged_by = judge_folder(cfg, tuned_by)
-    if judged_by.parent == Path(cfg.run):
-        run.require(cfg.run, "02_train_reward")
+    if judged_by == tuned_by.parent / "02_train_reward":                # another may be a bare model
+        run.require(tuned_by.parent, "02_train_reward")
     groups = [group for group in load_groups(source, "test") if group["hr"]]
     if len(groups) < max(2, dist.world_size()):
         fail(f"{source}: {len(groups)} test images have HR, too few to compare on: give stage 01 more test_groups, or "

@@ -164,7 +164,7 @@ def test_judge_and_policy_of_another_run(compared, stages, toy_config, tmp_path)
 
 def test_the_judge_is_the_one_that_stage_04_optimized(stages, toy_config, tmp_path):
     stage, tuned = load_stage("05"), write_stage_04(tmp_path / "04_train_sr_grpo", toy_config, "judge=elsewhere/02")
-    for cfg, folder, wanted in ((stage.Config(run="a"), stages[2], "a/02_train_reward"),
+    for cfg, folder, wanted in ((stage.Config(run="a"), stages[2], stages[2].parent / "02_train_reward"),
                                 (stage.Config(run="a"), tuned, "elsewhere/02"),
                                 (stage.Config(run="a", judge="b"), tuned, "b")):
         assert stage.judge_folder(cfg, folder) == Path(wanted)
