@@ -23,8 +23,9 @@ from common.config import fail
 from common.images import SUFFIXES, read_image, to_pixels, write_png
 
 BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no other program
-NUMBERS = r"([1-9][\d.]*(?:\+[1-9][\d.]*)*)"                    # 10 or 10+20
-QUERY = re.compile(rf"(?:seeds=([1-9]\d*))?&?(?:steps={NUMBERS})?&?(?:guidance={NUMBERS})?")
+WHOLE, NUMBER = r"[1-9]\d*", r"[1-9]\d*(?:\.\d+)?"
+QUERY = re.compile(rf"(?:seeds=({WHOLE}))?&?(?:steps=({WHOLE}(?:\+{WHOLE})*))?"
+                   rf"&?(?:guidance=({NUMBER}(?:\+{NUMBER})*))?")      # one value, or several: 10+20
 STEPS = 50                                                      # denoising steps where an entry gives none
 OPTIONS = ("seed", "steps", "guidance")
 

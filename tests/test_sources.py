@@ -164,7 +164,7 @@ def test_entries():
     ("folder:bicubic=/x", "bicubic is a method of our own"),
     ("hf:taken=/x", "taken is a method of our own or there twice"),
     *((f"hf:a=m?{query}", "should look like seeds=2&steps=10+20&guidance=1+4")
-      for query in ("seed=2", "steps=0", "steps=ten", "seeds=1+2", "steps=1&steps=2")),
+      for query in ("seed=2", "steps=0", "steps=ten", "seeds=1+2", "steps=1&steps=2", "steps=10.5")),
 ])
 def test_malformed_entries(entry, words):
     with pytest.raises(AssertionError) as error:
