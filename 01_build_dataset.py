@@ -264,7 +264,7 @@ def settle_plan(folder: Path, make_plan: Callable[[], list[dict]]) -> list[dict]
     path = folder / "progress" / "plan.json"
     begun_before = path.exists()
     try:
-        plan = run.plain(make_plan())                       # NaN, as tables hold, is no JSON
+        plan = run.plain(make_plan())                       # a table may hold NaN, JSON may not
     except SystemExit:
         if not begun_before:                                # or corrected settings would be refused as others
             run.discard(folder)
@@ -528,7 +528,7 @@ def run_jobs(pool: ProcessPoolExecutor | None, function: Callable[[dict], dict],
 
 
 def stamp(path: str) -> list:
-    """[path, bytes, ns of the last change]: another one once the file was written again."""
+    """[path, bytes, ns of the last change], which differs once the file is written again."""
     facts = os.stat(path) if os.path.exists(path) else None             # it may be a broken link
     return [path, facts and facts.st_size, facts and facts.st_mtime_ns]
 

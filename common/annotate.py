@@ -214,7 +214,7 @@ class Page:
             return 507, {"error": f"Not saved: {error.strerror}. Tell whoever runs this program."}
 
     def view(self, request: dict, status: int = 200, **more) -> tuple[int, dict]:
-        """What an annotator sees. share: of the screens that can rank all candidates, at the least."""
+        """What an annotator sees. share: screens so far, of the fewest screens that can rank all candidates."""
         name, question = request["annotator"], None
         judged = [judgement for judgement in live(self.lines) if judgement["group"] in self.groups]
         if name not in self.issued:

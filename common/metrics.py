@@ -64,7 +64,10 @@ def bootstrap_ci(values: np.ndarray, seed: int, *, counts: np.ndarray | None = N
 
 
 def rate(right: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
-    """{value, ci95}: sum(right [G]) / sum(pairs [G]), and its interval over groups, None for one; both None without."""
+    """
+    {value, ci95}: sum(right [G]) / sum(pairs [G]) and its interval over groups. Groups without pairs do not count:
+    ci95 is None if only one is left, and so is value if none is left.
+    """
     right, pairs = right[pairs > 0], pairs[pairs > 0]
     if not len(pairs):
         return {"value": None, "ci95": None}
@@ -78,9 +81,9 @@ def mean_srcc(scores: np.ndarray, ranks: np.ndarray) -> float | None:
 
     A group that ties everything, or has no label (NaN), has none and is left out; None without any.
     """
-    found = [srcc(s, -r) for s, r in zip(scores, ranks) if not np.isnan(r).any()]
-    found = [value for value in found if not math.isnan(value)]
-    return round(float(np.mean(found)), 4) if found else None
+    values = [srcc(s, -r) for s, r in zip(scores, ranks) if not np.isnan(r).any()]
+    values = [value for value in values if not math.isnan(value)]
+    return round(float(np.mean(values)), 4) if values else None
 
 
 def ranks(scores: list[float], margin: float) -> list[int]:

@@ -74,7 +74,7 @@ def token_logp(judge: Judge, hidden: Tensor, tokens: Tensor) -> Tensor:
     """
     Log-probabilities [n, m] of tokens [n, m] behind hidden states [n, D].
 
-    In chunks of the rows that are computed again for the gradient: n x V logits are never held.
+    Rows are taken in chunks, which are computed again in the backward pass: n x V logits are never held at once.
     """
     def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
         return log_softmax(policy_logits(judge, hidden), -1).gather(-1, tokens)
@@ -163,8 +163,8 @@ def write_replies(judge: Judge, rows: Rows, hidden: Tensor, cache: DynamicCache,
     """
     Replies to the candidates of `rows`, whose hidden states [B, L, D] and cache are given; see write_answers.
 
-    A row has M slots, K for each of the most candidates of a row; slots that its candidates do not fill have ended
-    before they begin. A slot that has ended goes on with end tokens until all have.
+    Each row has M slots: K times the candidates of the row that has most; the slots that a row does not need count as
+    ended from the start. A slot that has ended is filled with end tokens until all have ended.
     """
     (n, k, limit), device = uniforms.shape, judge.device
     candidates = [list(range(1, 1 + c)) for c in sizes]                                # segments of each tree
