@@ -307,7 +307,8 @@ class Rollout:                          # what the model wrote about a few cohor
 @torch.no_grad()
 def sample(judge: Judge, cfg: Config, cohorts: list[Cohort], step: int, reasoned: set[str]) -> list[Rollout]:
     """
-    Let the model answer, to a few cohorts at once; first those with reasoning (their ids), whose rows are long.
+    Let the model answer, groups_per_forward cohorts at a time. reasoned: ids of the cohorts that get replies with
+    reasoning, too; they come first, apart from the others, because their rows are long.
 
     The randomness of an answer depends on (seed, step, LR, candidate, number) alone.
     """
@@ -476,15 +477,16 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
 # evaluate ------------------------------------------------------------------------------------------------------
 
 def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, float]:
-    """Pair accuracy of the expected read-out per labeled axis; val_pair_accuracy is overall's, else the mean."""
+    """Pair accuracy of the expected read-out on each axis with pairs; val_pair_accuracy is overall's, else the mean."""
     judge.model.eval()
     share, scores = mine(cohorts), torch.zeros(0, len(cohorts[0].images) * 3)
     if share:                           # without gradient four times as many groups fit
         scores = mllm.expected_scores(judge, [c.lr for c in share], [c.images for c in share],
                                       groups_per_forward=min(16, 4 * cfg.groups_per_forward)).flatten(1)
     scores = dist.gather_rows(scores).view(len(cohorts), -1, 3).numpy()
-    labeled = [a for a in range(3) if not all(np.isnan(c.ranks[:, a]).all() for c in cohorts)]
-    accuracy = {AXES[a]: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])[0] for a in labeled}
+    results = {axis: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])
+               for a, axis in enumerate(AXES)}
+    accuracy = {axis: value for axis, (value, _, pairs) in results.items() if pairs.any()}
     result = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}
     return result | {"val_pair_accuracy": accuracy.get("overall", sum(accuracy.values()) / len(accuracy))}
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common import dist, run
 from common.config import fail, nearest
 from common.images import read_image
-from common.metrics import AXES
+from common.metrics import AXES, pair_hits
 
 SPLITS = ("train", "val", "test")
 TYPES = {"id": str, "split": str, "source": str, "scale": int, "lr": str, "hr": (str, type(None)), "degradation": dict,
@@ -262,9 +262,8 @@ def method_prior(groups: list[dict], train: list[dict]) -> np.ndarray:
 
 
 def mean_known(rows: list[np.ndarray]) -> np.ndarray:
-    """Mean over rows without NaN, as np.nanmean, which warns where there is nothing but NaN."""
-    values, known = np.array(rows), ~np.isnan(rows)
-    return np.where(known.any(0), np.where(known, values, 0).sum(0) / known.sum(0).clip(1), np.nan)
+    """As np.nanmean, which warns where there is nothing but NaN."""
+    return np.ma.masked_invalid(rows).mean(0).filled(np.nan)
 
 
 # cohorts: what 02 trains on --------------------------------------------------------------------------------
@@ -323,6 +322,9 @@ def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None
         ranks[hidden] = targets[hidden] = np.nan
         methods = [candidate["method"] for candidate in group["candidates"]]
         cohorts.append(Cohort(group["id"], lr_image(folder, group), images, methods, ranks, targets))
+    if not any(len(pair_hits(ranks, ranks)[0]) for cohort in cohorts for ranks in cohort.ranks.T):
+        fail(f"{folder}: the labels of the split {split} tell no two candidates apart: add labels (annotate=true and "
+             "labels=human of 01), lower tie_margin in another run=, or name fewer held_out_methods")
     return cohorts, scale
 
 
@@ -340,7 +342,8 @@ def pick(items: list, seed: int, phase: str, step: int, count: int) -> list:
     """
     The cohorts or groups of a step: a walk through reshuffled epochs, a function of (seed, phase, step) alone.
 
-    A step that goes on in the next epoch passes over what it has: twins would be given the same random numbers.
+    A step that reaches into the next epoch skips what it already has there: an item would come twice, with the same
+    random numbers.
     """
     epoch, at = divmod(step * count, len(items))
     order, after = (run.np_rng(seed, phase, "epoch", e).permutation(len(items)) for e in (epoch, epoch + 1))

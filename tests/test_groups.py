@@ -121,6 +121,15 @@ def test_without_scores_the_best_and_the_worst_of_a_group_are_taught_as_9_and_1_
 
 # cohorts ---------------------------------------------------------------------------------------------------
 
+def test_a_split_whose_labels_tie_all_candidates_is_refused(stage01, capsys):
+    assert load_cohorts(stage01, "train")[0][0].targets[:, 2].tolist() == [7, 3]
+    path = stage01 / "groups.jsonl"
+    path.write_text(path.read_text().replace("[1, 2]", "[1, 1]"))
+    with pytest.raises(SystemExit):
+        load_cohorts(stage01, "train")
+    assert "the labels of the split train tell no two candidates apart" in capsys.readouterr().err
+
+
 def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_the_same(
         toy_run, tmp_path, monkeypatch, capsys):
     source = tmp_path / "01_build_dataset"
