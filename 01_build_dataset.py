@@ -553,8 +553,7 @@ def main(cfg: Config) -> None:
     if cfg.import_from:
         # a set that exists: its groups, their splits, and copies of its pictures
         plan = settle_plan(folder, lambda: plan_import(cfg))
-        jobs = [group | {"files": imports.files_of(group)} for group in plan]
-        groups = run_jobs(pool, partial(imports.copy_group, folder), jobs, progress / "import.jsonl")
+        groups = run_jobs(pool, partial(imports.copy_group, folder), plan, progress / "import.jsonl")
     else:
         # 1. photographs -> splits: which photograph each group is cut from
         plan = settle_plan(folder, lambda: plan_groups(cfg, usable_photographs(cfg, folder, pool)))

@@ -52,8 +52,9 @@ def parse_roles(entries: list[str]) -> dict[str, str]:
 
 def read(place: Path, roles: dict[str, str]) -> list[dict]:
     """
-    Groups {lr, hr or None, source, split or None, candidates [{method, file, extra}], labels, extra, where}. Everything
-    but the pictures of candidates is checked; stops with one line that names file and line (or folder).
+    Groups {lr, hr or None, files (LR, HR, candidates), source, split or None, candidates [{method, file, extra}],
+    labels, extra, where}. Everything but the pixels of candidates is checked; stops with one line that names file and
+    line (or folder).
 
     Groups whose LR images have the same pixels need one source, so that they cannot lie in two splits.
     """
@@ -186,7 +187,8 @@ def read_group(root: Path, lines: list[tuple[str, dict]]) -> dict:
     if split and split not in SPLIT_NAMES:
         fail(f"{first_where}: split {split!r} is none of {', '.join(SPLIT_NAMES)}: correct it")
     labels = {axis: read_label(lines, axis) for axis in AXES}
-    return {"lr": picture(first_where, root, first["lr"]), "hr": hr and picture(first_where, root, hr),
+    lr, *hrs = (picture(first_where, root, name) for name in (first["lr"], hr) if name)
+    return {"lr": lr, "hr": hrs[0] if hrs else None, "files": [lr, *hrs, *(one["file"] for one in candidates)],
             "source": source and str(source), "split": SPLIT_NAMES.get(split), "candidates": candidates,
             "labels": {axis: label for axis, label in labels.items() if label},
             "extra": {"lr": first["lr"]} | ({"hr": hr} if hr else {}), "where": first_where}
@@ -245,11 +247,6 @@ def picture(where: str, root: Path, name: object) -> str:
     return str(root / name)
 
 
-def files_of(group: dict) -> list[str]:
-    """LR, HR if there is one, and candidates of a group of `read`."""
-    return [group["lr"], *([group["hr"]] if group["hr"] else []), *(one["file"] for one in group["candidates"])]
-
-
 def copy_group(folder: Path, group: dict) -> dict:
     """
     Copy the pictures of a group of `read`, which by now has an id and a split, to folder/lr, hr and candidates, as PNG;
@@ -260,11 +257,11 @@ def copy_group(folder: Path, group: dict) -> dict:
                    "extra": candidate["extra"]} for index, candidate in enumerate(group["candidates"])]
     paths = [f"lr/{name}.png", *([hr] if hr else []), *(candidate["path"] for candidate in candidates)]
     try:
-        sizes = [copy_png(file, folder / path) for file, path in zip(files_of(group), paths)]
+        sizes = [copy_png(file, folder / path) for file, path in zip(group["files"], paths)]
     except ValueError as error:
         fail(f"{group['where']}: {error}: repair the file or remove the group")
     scale = sizes[1][0] // sizes[0][0]
-    for file, (height, width) in zip(files_of(group)[1:], sizes[1:]):
+    for file, (height, width) in zip(group["files"][1:], sizes[1:]):
         if scale < 1 or (height, width) != (scale * sizes[0][0], scale * sizes[0][1]):
             fail(f"{group['where']}: {file} is {width}x{height}; expected all candidates (and HR) to have one size, a "
                  f"whole multiple of the LR image's {sizes[0][1]}x{sizes[0][0]}: correct the group or remove it")
