@@ -182,7 +182,7 @@ def average_step(cfg: Config, averaged: Weights, weights: Weights, step: int) ->
 
 
 def why_skipped(row: dict) -> str:
-    """What to say of a step whose update was skipped; nothing of any other."""
+    """Why the update of a step was skipped, in words; empty if it was not."""
     if not row["skipped_updates"]:
         return ""
     return f"losses that are not finite: {row['nonfinite_losses']:.0f}, grad_norm {row['grad_norm']:.3g}"
@@ -361,7 +361,7 @@ def score(judge: Judge, cfg: Config, rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def advantages_of(rewards: Tensor) -> Tensor:
-    """[groups, K], each row one prompt's; what has no reward has no advantage and is not trained on: NaN."""
+    """Of rewards [prompts, K] within each prompt; NaN, not trained on, where there is no reward."""
     return grpo.group_advantages(rewards, std_floor=REWARD_STD_FLOOR).masked_fill(rewards.isnan(), torch.nan)
 
 

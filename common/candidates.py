@@ -2,8 +2,9 @@
 Super-resolution candidates with a known fault, made from the ground truth or from the LR image.
 
 Each function takes float images [H, W, 3] in 0..1 and a generator and returns (image, record); record holds the
-`method`, its `strength` (0 barely visible .. 1 gross, uniform: amounts are log-uniform) and amounts. Ranges let all
-methods' proxy scores spread alike: a name says little about a rank. Lengths are in px of HR and do not grow with it.
+`method`, its `strength` (0 barely visible .. 1 gross, uniform: amounts are log-uniform) and amounts. Their ranges are
+chosen so that the proxy scores of all methods spread alike, and the name of a method says little about its rank.
+Lengths are in px of HR, whatever its size.
 """
 import math
 
