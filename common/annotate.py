@@ -62,6 +62,7 @@ ASKED = ("consistency", "naturalness")
 JUDGEMENT = {"id", "time", "annotator", "group", "pictures", "task", "candidates", "axis", "ranks", "seconds",
              "repeat_of"}
 UNDO = {"id", "time", "annotator", "revokes"}
+TEXTS = ("id", "annotator", "group", "task", "revokes")     # of these keys the ones that are text
 PERIOD, REPEAT_AT, SHARED_AT = 8, 7, 3      # of 8 screens one is an old one again, and one was judged by somebody else
 GAP = 5                                     # screens between an old one and its repeat
 PRIOR = 1.5                                 # log odds; one vote then pulls two candidates apart by about 1
@@ -311,6 +312,9 @@ def wrong_line(line: object, groups: dict[str, dict], ids: set[str]) -> str | No
     """What is wrong with a line, or None. ids: of the lines before it."""
     if not isinstance(line, dict) or set(line) not in (JUDGEMENT, UNDO):
         return f"expected an object with the keys {', '.join(sorted(JUDGEMENT))}, or {', '.join(sorted(UNDO))}"
+    for key in TEXTS:
+        if not isinstance(line.get(key, ""), str):
+            return f"{key} should be text"
     if "revokes" in line:
         return None if line["revokes"] in ids else f"it revokes {line['revokes']!r}, which is not above it"
     group = groups.get(line["group"])
@@ -318,6 +322,8 @@ def wrong_line(line: object, groups: dict[str, dict], ids: set[str]) -> str | No
         return f"group {line['group']!r} is not in this data set"
     if line["pictures"] != pictures_of(group):
         return f"it is about other pictures than those of {group['id']} here: this file belongs to another build"
+    if type(line["seconds"]) not in (int, float):
+        return "seconds should be a number"
     shown, known = line["candidates"], {candidate["id"] for candidate in group["candidates"]}
     if not isinstance(shown, list) or len(shown) < 2 or len(known.intersection(map(str, shown))) < len(shown):
         return f"candidates should be two or more ids of group {group['id']!r}"

@@ -122,6 +122,8 @@ def test_a_cut_last_line_is_dropped_and_anything_else_is_named(tmp_path, capsys)
                         (json.dumps(first | {"group": "g9"}), "g9"),
                         (json.dumps(first | {"pictures": "0" * 16}), "another build"),
                         (json.dumps(first | {"ranks": [1, 3]}), "ranks"),
+                        (json.dumps(first | {"group": ["g0"]}), "group should be text"),
+                        (json.dumps(first | {"seconds": None}), "seconds should be a number"),
                         (json.dumps(first | {"candidates": ["g1_0", "g1_1"]}), "candidates"),
                         (json.dumps({"id": "1", "time": 0, "annotator": "a", "revokes": "q"}), "above")):
         path.write_bytes(whole + wrong.encode() + b"\n")
