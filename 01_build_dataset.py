@@ -107,8 +107,9 @@ class Config:
             f"degradation should be one of {', '.join(degrade.KINDS)}, got {self.degradation!r}"
         for key in ("max_source_share", "val_fraction", "test_fraction", "tie_margin"):
             assert 0 <= vars(self)[key] <= 1, f"{key} should be in 0..1, got {vars(self)[key]}"
-        least = {"train_groups": 1, "val_groups": 0, "test_groups": 0, "hf_batch": 1, "annotate_groups": 0}
-        for key, value in (least | {"workers": 0}).items():
+        least = {"train_groups": 1, "hf_batch": 1, "val_groups": 0, "test_groups": 0, "annotate_groups": 0,
+                 "workers": 0}
+        for key, value in least.items():
             assert vars(self)[key] >= value, f"{key} should be {value} or more, got {vars(self)[key]}"
         assert self.annotate_show in (2, 4), f"annotate_show should be 2 or 4, got {self.annotate_show}"
         assert self.labels in (None, "human", "proxy"), f"labels should be human or proxy, got {self.labels!r}"

@@ -136,7 +136,8 @@ def detail_energies(image: np.ndarray) -> np.ndarray:
         y = gain * (gaussian_filter(brightness, width, mode="reflect") if width else brightness)
         across, along = np.diff(y, axis=1, append=y[:, -1:]), np.diff(y, axis=0, append=y[-1:])
         bands += [across, along, np.diff(across, axis=0, append=across[-1:])]
-    bands, chroma = np.stack(bands), np.stack([x[..., 2] - brightness, x[..., 0] - brightness])    # [6, H, W], [2, H, W]
+    bands = np.stack(bands)                                                                         # [6, H, W]
+    chroma = np.stack([x[..., 2] - brightness, x[..., 0] - brightness])                             # [2, H, W]
     chroma = chroma - gaussian_filter(chroma, (0, 1.5, 1.5), mode="reflect")
     return np.concatenate([pool(bands**2), pool(np.abs(bands)) ** 2, pool((chroma**2).mean(0)[None])])
 

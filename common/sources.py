@@ -49,7 +49,7 @@ def expand(entries: list[str]) -> list[dict]:
         name, _, place = entry.partition(":")[2].partition("=")
         model, _, query = place.partition("?")
         assert name.isidentifier() and model, \
-            f"candidates: {entry!r} should look like folder:NAME=PATH or hf:NAME=MODEL, NAME of letters only"
+            f"candidates: {entry!r} should look like folder:NAME=PATH or hf:NAME=MODEL, NAME of letters, digits and _"
         assert name not in names, f"candidates: {name} is a method of our own or there twice: give it another name"
         names.add(name)
         if entry.startswith("folder:"):
