@@ -195,9 +195,8 @@ def write_replies(judge: Judge, rows: Rows, hidden: Tensor, cache: DynamicCache,
 
 
 def sample_replies(judge: Judge, features: list[Tensor], grids: Tensor, uniforms: Tensor,
-                   sizes: list[int] | None = None) -> list[list[list[int]]]:
-    """The replies of write_answers alone, N x K token ids; sizes: 1 candidate for each LR image if not given."""
-    sizes = sizes or [1] * len(uniforms)
+                   sizes: list[int]) -> list[list[list[int]]]:
+    """The replies of write_answers alone, N x K token ids."""
     no_digits = torch.zeros(3 * len(uniforms), 0)
     written = write_answers(judge, features, grids, sizes, digits=no_digits, uniforms=uniforms)[1]
     return [replies for cohort in written for replies in cohort]

@@ -12,17 +12,17 @@ from common.mllm import Judge
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
               r"|\s+(?!\S)|\s+")                # how the Qwen tokenizers cut text before byte-pair encoding
+PATCH = 8                       # px; the language model sees one token per 2 x 2 patches
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *mllm.IMAGE_TOKENS]
 
 
 def build_small(groups: list[list[np.ndarray]], device: torch.device, *, seed: int, width: int, depth: int, heads: int,
-                vision_width: int, vision_depth: int, patch: int = 8, max_pixels: int, lr_view: str,
-                candidate_view: str) -> Judge:
+                vision_width: int, vision_depth: int, max_pixels: int, lr_view: str, candidate_view: str) -> Judge:
     """
     A judge around a Qwen2.5-VL with random weights; groups: images [LR, candidate, ..] to whiten on.
 
-    width, depth: of the language model, in features and layers; vision_*: of the vision tower; heads: of both. patch:
-    px, and the language model sees one token per 2 x 2 patches. The rest as in mllm.Judge.
+    width, depth: of the language model, in features and layers; vision_*: of the vision tower; heads: of both. The
+    rest as in mllm.Judge.
     """
     tokenizer = build_tokenizer()
     ids = tokenizer.get_vocab()
@@ -38,13 +38,13 @@ def build_small(groups: list[list[np.ndarray]], device: torch.device, *, seed: i
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=sections)),
         vision_config=dict(
             depth=vision_depth, hidden_size=vision_width, intermediate_size=2 * vision_width,
-            num_heads=heads, patch_size=patch, out_hidden_size=width, initializer_range=0.05,
+            num_heads=heads, patch_size=PATCH, out_hidden_size=width, initializer_range=0.05,
             fullatt_block_indexes=list(range(vision_depth))),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False))
     processor = Qwen2VLImageProcessorPil(
-        patch_size=patch, merge_size=2, size=dict(shortest_edge=4 * patch**2, longest_edge=max_pixels),
+        patch_size=PATCH, merge_size=2, size=dict(shortest_edge=4 * PATCH**2, longest_edge=max_pixels),
         image_mean=[0.5] * 3, image_std=[0.25] * 3)
     judge = Judge(model.to(device), tokenizer, processor, lr_view, candidate_view, device)
     whiten_patches(judge, groups)

@@ -185,7 +185,7 @@ def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run):
             chances = mllm.policy_logits(judge, hidden).softmax(-1)
         wanted = [sum(float(chance[token]) for token in judge.digit_ids) for chance in chances]
         assert mass[0, c].tolist() == pytest.approx(wanted, abs=1e-4) and max(wanted) < 1
-        alone, = sample_replies(judge, features, grids, uniforms[c:c + 1])
+        alone, = sample_replies(judge, features, grids, uniforms[c:c + 1], [1])
         assert [[i for i in ids if i >= 0] for ids in replies[0, c].tolist()] == alone
 
 

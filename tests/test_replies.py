@@ -60,7 +60,7 @@ def test_sampled_replies_are_those_of_generate_with_the_same_numbers_and_of_each
     assert len(set(lengths)) > 2 and max(lengths) == 16
     for n, (group, candidate) in enumerate((g, c) for g, size in enumerate(SIZES) for c in range(1, 1 + size)):
         pair = [GROUPS[group][0], GROUPS[group][candidate]]
-        alone = sample_replies(judge, *mllm.image_features(judge, [pair]), uniforms[n:n + 1, [2, 0]])
+        alone = sample_replies(judge, *mllm.image_features(judge, [pair]), uniforms[n:n + 1, [2, 0]], [1])
         assert alone == [[ours[n][2], ours[n][0]]]
 
 
