@@ -139,7 +139,10 @@ def folder_rows(root: Path, roles: dict[str, str]) -> list[tuple[str, dict]]:
     for folder in folders:
         files = {}
         for role, pattern in roles.items():
-            matches = sorted(folder.glob(pattern))
+            try:
+                matches = sorted(folder.glob(pattern))
+            except (ValueError, NotImplementedError) as error:
+                fail(f"import_roles: {role}={pattern}: {error}: give a pattern below the numbered folders")
             if len(matches) != 1:
                 fail(f"{folder}: {len(matches)} files match the role {role}={pattern}, expected one: correct "
                      "import_roles or the folder")

@@ -230,6 +230,7 @@ def test_malformed_folders(build, pictures, tmp_path, change, words):
     refused(build(tmp_path / "ref", **settings), words)
     refused(build(tmp_path / "ref"), "import_roles: lr or ranks is missing")
     refused(build(tmp_path / "ref", import_roles=["lr"]), "should look like ROLE=PATTERN")
+    refused(build(tmp_path / "ref", import_roles=["lr=/LR.png", "ranks=x"]), "give a pattern below")
 
 
 def test_a_bad_candidate_leaves_what_was_copied_and_the_same_command_goes_on(build, pictures):
