@@ -97,9 +97,16 @@ class Config:
 
     def __post_init__(self):
         assert self.replies >= 2, f"replies={self.replies}: a group needs at least 2 replies to compare"
-        for name in ("cold_start_groups", "direct_replies", "max_reply_tokens", "updates_per_rollout", "warmup_steps",
-                     "groups_per_forward", "eval_every", "save_every"):
+        for name in ("vision_width", "vision_depth", "width", "depth", "heads", "max_pixels", "cold_start_groups",
+                     "direct_replies", "max_reply_tokens", "updates_per_rollout", "warmup_steps", "groups_per_forward",
+                     "eval_every", "save_every"):
             assert vars(self)[name] >= 1, f"{name}={vars(self)[name]}: should be at least 1"
+        for name in ("lora_rank", "cold_start_steps", "cold_start_muon_lr", "cold_start_replies", "rank_weight",
+                     "steps", "muon_lr", "clip_low", "clip_high", "kl_weight", "format_weight"):
+            assert vars(self)[name] >= 0, f"{name}={vars(self)[name]}: should be at least 0"
+        for name in ("lr", "cold_start_lr"):
+            assert vars(self)[name] > 0, f"{name}={vars(self)[name]}: should be above 0"
+        assert 0 <= self.ema < 1, f"ema={self.ema}: should be from 0 to below 1"
         assert 1 <= self.reasoned_groups <= self.groups_per_step, "reasoned_groups must be in 1..groups_per_step"
         assert self.width % self.heads == 0 and self.vision_width % self.heads == 0, "heads must divide both widths"
         assert self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype}"
