@@ -279,8 +279,9 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         model = model.to(device).eval().requires_grad_(False)
         return Judge(model, tokenizer, processor, lr_view, candidate_view, device)
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
-        fail(f"model {source}: cannot be loaded ({error}); give the folder of a finished stage 02, or a folder or "
-             "hub id of a Qwen2.5-VL or Qwen3-VL")
+        nowhere = "" if Path(source).exists() else ", and there is no such folder"
+        fail(f"model {source}: cannot be loaded{nowhere} ({error}); give the folder of a finished stage 02, or a "
+             "folder or hub id of a Qwen2.5-VL or Qwen3-VL")
 
 
 def save_model(judge: Judge, folder: Path) -> None:
