@@ -124,7 +124,7 @@ def lock(folder: Path) -> None:
 
 
 def changed_settings(folder: Path, settings, stem: str, free: tuple[str, ...]) -> list[str]:
-    """Return `key: old -> new` for every setting but `run` and `free` that differs from those recorded in the folder."""
+    """Return `key: old -> new` for every setting but `run` and `free` that differs from what the folder records."""
     old = settings_of(folder, stem)
     new = dataclasses.asdict(settings)
     return [f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}" for key in old | new
