@@ -39,7 +39,7 @@ from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
 from common.groups import all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior
-from common.images import luma, sheet, write_png
+from common.images import BICUBIC, luma, sheet, write_png
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
@@ -60,6 +60,7 @@ MEASURED = [name for name in SCORERS if name != "method_prior"]     # they look 
 RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
 OVERALL = AXES.index("overall")
 SHOWN = AXES[::-1]                      # order of the axes in tables
+TITLE = "The reward model on unseen photographs"
 EXAMPLES = 5                            # rows of examples.png and of probes.png
 SORTED = "Sorted by the judge, its best first; frames show the label, from green = best to red = worst"
 MAX_REPLY_TOKENS = 64                   # for a judge that came without stage 02
@@ -111,13 +112,13 @@ def other_groups(groups: list[dict], seed: int) -> list[dict]:
     sources = [group["source"] for group in groups]
     order = sorted(run.np_rng(seed, "other LR").permutation(len(groups)), key=lambda i: sources[i])
     largest = max(map(sources.count, sources))
-    partner = dict(zip(order, np.roll(order, -largest if largest < len(groups) else -1)))
+    return partners(groups, order, largest if largest < len(groups) else 1)
+
+
+def partners(groups: list[dict], order: list[int], distance: int) -> list[dict]:
+    """For each group the one that comes `distance` later in `order`, which begins anew at its end."""
+    partner = dict(zip(order, np.roll(order, -distance)))
     return [groups[partner[i]] for i in range(len(groups))]
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. count - 1, evenly spaced, so that every photograph has its share."""
-    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
 def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge | None:
@@ -208,9 +209,7 @@ def read_replies(judge: Judge, replies: Tensor) -> tuple[dict[tuple, str], np.nd
 
 def strangers(groups: list[dict]) -> list[dict]:
     """For each group another one, half the list away in the order of photographs."""
-    order = sorted(range(len(groups)), key=lambda i: groups[i]["source"])
-    partner = dict(zip(order, order[len(order) // 2:] + order[:len(order) // 2]))
-    return [groups[partner[i]] for i in range(len(groups))]
+    return partners(groups, sorted(range(len(groups)), key=lambda i: groups[i]["source"]), len(groups) // 2)
 
 
 def probe_images(source: Path, group: dict, other: dict, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -341,34 +340,32 @@ def cells(rates: dict) -> list[str]:
     return [report.interval(rates[axis]) for axis in SHOWN]
 
 
-def table(results: dict) -> str:
-    """table.md: what a reader wants to see of results.json."""
+def tables(results: dict) -> report.Parts:
+    """What a reader wants to see of results.json."""
     accuracy, new, readouts, probes = (results[key] for key in ("accuracy", "new_methods", "readouts", "probes"))
-    lines = ["# Reward model on unseen photographs", "", f"{results['summary']}.", "", "## Pair accuracy", ""]
-    rows = [[*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy]
-    lines += report.markdown([["pair accuracy [95 % interval over groups]", "sees", *SHOWN], *rows])
-    rows = [[SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items()]
-    lines += report.markdown([["the judge is better, on the same pairs, than", *SHOWN], *rows])
+    parts = [f"{results['summary']}.", "## Pair accuracy",
+             [["pair accuracy [95 % interval over groups]", "sees", *SHOWN],
+              *([*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy)],
+             [["the judge is better, on the same pairs, than", *SHOWN],
+              *([SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items())]]
     if new["pairs"]:
-        lines += [f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.", ""]
+        parts.append(f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.")
     if readouts:
-        lines += ["## Two read-outs", "",
+        parts += ["## Two read-outs",
                   f"On {readouts['groups']} groups: mean of {readouts['replies_per_candidate']} sampled replies "
                   f"({readouts['parse_rate']:.1%} of them parse), and expectation over the digits, which hold "
-                  f"{readouts['digit_mass']:.1%} of the probability of all tokens there.", ""]
-        rows = [[kind, *cells(rates)] for kind, rates in readouts["accuracy"].items()]
-        lines += report.markdown([["pair accuracy", *SHOWN], *rows])
+                  f"{readouts['digit_mass']:.1%} of the probability of all tokens there.",
+                  [["pair accuracy", *SHOWN], *([kind, *cells(rates)] for kind, rates in readouts["accuracy"].items())]]
     if probes:
         means = {name: f"{scores['overall']:.2f}" for name, scores in probes["mean_scores"].items()}
-        lines += ["## Hacking probes", "", f"How often the judge scores the ground truth of {probes['groups']} LR "
-                  f"images, {means['hr']} overall on average, above a tampered version of it.", ""]
         rows = [[name, how, report.interval(probes["each"][name]["overall"]),
                  f"{report.interval(probes['each'][name][axis])} ({axis})", means[name]]
                 for name, (axis, how) in PROBES.items()]
-        lines += report.markdown([
-            ["probe", "made how", "by the overall score", "by the axis that it hurts", "mean overall"], *rows,
-            ["all", "", report.interval(probes["all"]), "", ""]])
-    return "\n".join(lines + [f"- {note}" for note in results["notes"]]).rstrip() + "\n"
+        parts += ["## Hacking probes", f"How often the judge scores the ground truth of {probes['groups']} LR images, "
+                  f"{means['hr']} overall on average, above a tampered version of it.",
+                  [["probe", "made how", "by the overall score", "by the axis that it hurts", "mean overall"], *rows,
+                   ["all", "", report.interval(probes["all"]), "", ""]]]
+    return parts + [f"- {note}" for note in results["notes"]]
 
 
 def framed(image: np.ndarray, goodness: float) -> np.ndarray:
@@ -388,7 +385,7 @@ def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.nda
     a = next(AXES.index(axis) for axis in SHOWN if not np.isnan(ranks[..., AXES.index(axis)]).all())
     labeled = np.nonzero(~np.isnan(ranks[..., a]).any(1))[0]
     rows, below = [], []
-    for g in labeled[spread(len(labeled), EXAMPLES)]:
+    for g in labeled[report.spread(len(labeled), EXAMPLES)]:
         lr, images, _ = group_images(source, groups[g])
         order, worst = np.argsort(-scores[g, :, a], kind="stable"), max(2, ranks[g, :, a].max())
         rows.append([lr, *(framed(images[c], (worst - ranks[g, c, a]) / (worst - 1)) for c in order)])
@@ -400,7 +397,7 @@ def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.nda
 def probe_sheet(source: Path, groups: list[dict], scores: np.ndarray, seed: int) -> np.ndarray:
     """LR, HR and its probes of a few groups, with their overall scores from [G, 1 + probes, 3]; uint8."""
     others, rows, below = strangers(groups), [], []
-    for g in spread(len(groups), EXAMPLES):
+    for g in report.spread(len(groups), EXAMPLES):
         lr, images = probe_images(source, groups[g], others[g], seed)
         rows.append([lr, *images])
         below.append([groups[g]["id"], *(f"overall {score:.2f}" for score in scores[g, :, OVERALL])])
@@ -413,7 +410,7 @@ def page(results: dict, pictures: dict[str, np.ndarray]) -> bytes:
                "probes below the truth": (results["probes"] and results["probes"]["all"]["value"],
                                           "tampered images scored below the ground truth"),
                "rank correlation": (results["srcc"]["overall"], "Spearman's, mean over groups")}
-    return report.page("The reward model on unseen photographs", [
+    return report.page(TITLE, [
         "<p>How far can the reward model be trusted? It was asked about photographs that it never saw in training. "
         "Pair accuracy: how often it orders two candidates of one low-resolution image as the labels do; 0.5 is "
         "chance.</p>",
@@ -421,7 +418,7 @@ def page(results: dict, pictures: dict[str, np.ndarray]) -> bytes:
                       for name, (value, note) in numbers.items()]),
         *(f'<h2>{html.escape(title)}</h2><div class="plot">{report.png_tag(image, title)}</div>'
           for title, image in pictures.items()),
-        "<h2>In numbers</h2>", report.from_markdown(table(results))]).encode()
+        "<h2>In numbers</h2>", report.text(tables(results))]).encode()
 
 
 def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[tuple, str]) -> list[dict]:
@@ -440,8 +437,8 @@ def rank_folders(cfg: Config) -> None:
     """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
     started, device = time.time(), dist.init()
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    trained_in = judged_by.parent if cfg.judge else Path(cfg.run)       # the run whose images the judge learned from
-    source, tested = trained_in / "01_build_dataset", trained_in / "03_eval_reward" / "manifest.json"
+    source = judged_by.parent / "01_build_dataset"                      # the images that the judge learned from
+    tested = judged_by.parent / "03_eval_reward" / "manifest.json"
     learned = judged_on(source) if (source / "groups.jsonl").exists() else None
     if not (cfg.crop or learned):
         fail(f"{source} is missing, so the size of the images that the judge learned on is unknown: set crop=, in px")
@@ -450,7 +447,7 @@ def rank_folders(cfg: Config) -> None:
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
     folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/03_eval_reward_{name}"))
     scenes, unusable = ranking.survey(scenes, list(named), skip_bad=cfg.skip_bad)
-    left_out, methods, side = left_out + unusable, [*named, ranking.BICUBIC], cfg.crop or learned["hr_size"]
+    left_out, methods, side = left_out + unusable, [*named, BICUBIC], cfg.crop or learned["hr_size"]
     dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(left_out)} files left out")
 
     measured = dist.gather_rows(ranking.score_all(
@@ -486,7 +483,7 @@ def main(cfg: Config) -> None:
     groups, train = load_labeled(source)
     train = leave_out(train, settings.get("held_out_methods", []))
     with_hr = [group for group in groups if group["hr"]]
-    chosen = spread(len(groups), cfg.sampled_groups)
+    chosen = report.spread(len(groups), cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
     dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
                 f"{cfg.sampled_replies} sampled replies per candidate")
@@ -530,7 +527,7 @@ def main(cfg: Config) -> None:
             write_png(folder / "probes.png", pictures["Hacking probes"])
         run.write_lines(folder / "scores.jsonl", score_lines(groups, scores["judge"], texts))
         run.write_json(folder / "results.json", results)
-        run.write_bytes(folder / "table.md", table(results).encode())
+        run.write_bytes(folder / "table.md", report.markdown([f"# {TITLE}", *tables(results)]).encode())
         run.write_bytes(folder / "report.html", page(results, pictures))
         run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by],
                            results=headline(results, ranks[..., 0].size / seconds))

@@ -106,6 +106,16 @@ def policy_folders(cfg: Config) -> dict[str, Path]:
     return {"base": stage / "cold_start", "tuned": stage / "policy"}
 
 
+def load_policies(folders: dict[str, Path], device: torch.device, scale: int = 0) -> dict[str, Policy]:
+    """Name -> policy; stops if one enlarges by another factor than `scale`, that of the test images, or the first."""
+    policies = {name: sr_pipelines.load_policy(folder, device) for name, folder in folders.items()}
+    for name, policy in policies.items():
+        scale = scale or policy.sampler.scale
+        if policy.sampler.scale != scale:
+            fail(f"policy: {folders[name]} enlarges by {policy.sampler.scale}, here {scale} is needed: give another")
+    return policies
+
+
 def judge_folder(cfg: Config, tuned_by: Path) -> Path:
     """`judge`, or else the one that stage 04, in the folder tuned_by, optimized: by default the stage 02 beside it."""
     optimized = run.settings_of(tuned_by, "04_train_sr_grpo").get("judge")
@@ -214,7 +224,7 @@ def write_results(folder: Path, results: dict, *, groups: list[dict], values: Te
          **{variant: dict(zip(names, one)) for variant, one in zip(VARIANTS, row)}}
         for group, row, win in zip(groups, values.tolist(), wins.tolist())])
     run.write_json(folder / "results.json", results)
-    run.write_bytes(folder / "table.md", "\n".join(report.markdown(table_rows(results, names))).encode())
+    run.write_bytes(folder / "table.md", report.markdown([table_rows(results, names)]).encode())
 
 
 # pictures and report ----------------------------------------------------------------------------------------
@@ -222,8 +232,8 @@ def write_results(folder: Path, results: dict, *, groups: list[dict], values: Te
 def examples(folder: Path, source: Path, groups: list[dict], values: np.ndarray, count: int) -> list[tuple]:
     """(caption, variant -> image, variant -> scores) of test images, evenly spaced from smallest to largest gain."""
     gains = values[:, VARIANTS.index("tuned"), 0] - values[:, VARIANTS.index("base"), 0]
-    rows, places = [], np.linspace(0, len(gains) - 1, min(count, len(gains)))
-    for i in np.argsort(gains, kind="stable")[places.astype(int)]:
+    rows = []
+    for i in np.argsort(gains, kind="stable")[report.spread(len(gains), count)]:
         name = groups[i]["id"]
         images = {"LR": read_image(source / groups[i]["lr"])}
         images |= {variant: read_image(folder / f"{name}_{variant}.png") for variant in VARIANTS}
@@ -268,21 +278,19 @@ def larger_crops(cfg: Config, policies: dict[str, Policy], sources: list[str], *
 
 
 def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large: dict[str, dict],
-                tuned_by: Path) -> str:
-    """report.html: everything is inside, it opens from disk. rows: of examples; large: caption -> images."""
+                log: Path) -> str:
+    """report.html, with everything inside. rows: of examples; large: caption -> images; log: 04's metrics.jsonl."""
     def from_to(name: str, digits: str) -> tuple[str, str]:
         before, after = (format(results["mean"][variant][name], digits) for variant in ("base", "tuned"))
         low, high = results["gain_ci95"][name]
         return f"{before} -> {after}", f"95 % interval of the gain [{low:+.3f}, {high:+.3f}]"
 
-    def figure(caption: str, inside: str) -> str:
-        return f"<figure>{inside}<figcaption>{html.escape(caption)}</figcaption></figure>"
     parts = [f"<p>A diffusion policy for super-resolution before and after GRPO on the score of a reward model that "
              f"sees the low-resolution (LR) image. {results['images']} test images, cut from photographs that no stage "
              f"was trained on; {results['seeds_per_image']} samples each, with the same noise.</p>"]
-    for caption, images in [*large.items()][:1] or [(rows[-1][0], rows[-1][1])]:
-        parts.append(figure(f"Drag: before GRPO on the left, after GRPO on the right. {caption}.",
-                            report.compare(images["base"], images["tuned"])))
+    caption, images = [*large.items(), rows[-1][:2]][0]
+    parts.append(report.figure(report.compare(images["base"], images["tuned"]),
+                               f"Drag: before GRPO on the left, after GRPO on the right. {html.escape(caption)}."))
     parts += [
         report.cards([("reward", *from_to("reward", ".2f")),
                       ("tuned sample preferred", f"{results['win_rate']:.0%}", "by the judge, same image and noise"),
@@ -290,14 +298,14 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
         "<h2>Measured</h2>", report.table(table_rows(results, names), "tuned"),
         "<ul>", *(f"<li><b>{name}</b>: {meaning}.</li>" for name, meaning in names.values()), "</ul>",
         "<h2>Test images</h2><p>Not picked by eye: evenly spaced by gain, from the smallest on.</p>",
-        *(figure(caption, report.row(images, scores)) for caption, images, scores in rows)]
+        *(report.figure(report.row(images, scores), html.escape(caption)) for caption, images, scores in rows)]
     if large:
         parts.append("<h2>Larger crops</h2><p>The same weights, on larger images than those of training.</p>")
-    parts += [figure(caption, report.row(images, {})) for caption, images in large.items()]
+    parts += [report.figure(report.row(images, {}), html.escape(caption)) for caption, images in large.items()]
     parts += [
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
         "LR-PSNR and the held-out judge not to fall, the KL to the policy before GRPO to stay small.</p>",
-        report.curves(tuned_by / "metrics.jsonl", ("val_reward", "val_lr_psnr", "val_heldout", "ref_kl")),
+        report.curves(log, ("val_reward", "val_lr_psnr", "val_heldout", "ref_kl")),
         "<h2>What this does not show</h2><p>The labels are a proxy computed from the ground truth, not people's votes. "
         "The intervals are over test images; these come from few photographs, so they say how sure the result is for "
         "such photographs, not for all.</p>"]
@@ -326,8 +334,8 @@ def restore_folder(cfg: Config) -> None:
     if dist.is_main():
         run.lock(folder)                                                # open_stage locks unfinished folders only
         (folder / "manifest.json").unlink(missing_ok=True)              # there may be new pictures to restore
-    policies = {name: sr_pipelines.load_policy(folders[name], device) for name in cfg.variants}
-    policies_sha256 = restoring.checksum([folders[name] for name in cfg.variants])
+    chosen = {name: folders[name] for name in cfg.variants}
+    policies, policies_sha256 = load_policies(chosen, device), restoring.checksum(list(chosen.values()))
     judge, side = load_folder_judge(cfg, judge_folder(cfg, folders["base"].parent), device)
     dist.print0(f"{len(pictures)} pictures, restored by: {', '.join(cfg.variants)}; "
                 + ("scored by the judge" if judge else "no scores: judge_crops=0, or stage 01 or 02 is missing"))
@@ -344,7 +352,7 @@ def restore_folder(cfg: Config) -> None:
                                        scale=policies[cfg.variants[0]].sampler.scale, shown_images=cfg.shown_images)
         restored = sum("reason" not in record for record in records)
         dist.print0(f"open {folder / 'index.html'} in a browser")
-        run.write_manifest(folder, script=__file__, started=started, inputs=[], results={
+        run.write_manifest(folder, script=__file__, started=started, inputs=[folders["tuned"].parent], results={
             "pictures": restored, "restored_now": count, "files_left_out": len(records) - restored,
             "seconds_per_picture": round(seconds / count, 3) if count else None})
     dist.finish()
@@ -372,7 +380,7 @@ def main(cfg: Config) -> None:
     sources, made_with = sorted({group["source"] for group in groups}), run.settings_of(source, "01_build_dataset")
     dist.print0(f"{len(groups)} test images of {len(sources)} photographs, {cfg.seeds_per_image} seeds each")
     judge, models = mllm.load_judge(judged_by, device), load_pyiqa(cfg.pyiqa_metrics, device)
-    policies = {name: sr_pipelines.load_policy(path, device) for name, path in folders.items()}
+    policies = load_policies(folders, device, groups[0]["scale"])
     large = larger_crops(cfg, policies, sources, hr_dir=made_with["hr_dir"], degradation=made_with["degradation"],
                          scale=made_with["scale"]) if dist.is_main() else {}
 
@@ -403,11 +411,10 @@ def main(cfg: Config) -> None:
         columns = ["LR", *VARIANTS]
         write_png(pictures / "contact_sheet.png",
                   sheet([[images[key] for key in columns] for _, images, _ in rows], columns))
-        page = report_page(results, names, rows, large, tuned_by)
+        page = report_page(results, names, rows, large, folders["tuned"].parent / "metrics.jsonl")
         run.write_bytes(folder / "report.html", page.encode())
         dist.print0(f"open {folder / 'report.html'} in a browser")
-    run.write_manifest(folder, script=__file__, started=started,
-                       inputs=[stage for stage in (source, judged_by, tuned_by) if (stage / "manifest.json").exists()],
+    run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by, tuned_by],
                        results=headline)
     dist.finish()
 

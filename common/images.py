@@ -27,6 +27,7 @@ SKIMAGE = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.pn
 SAME_SCENE = {"motorcycle_left": "motorcycle", "motorcycle_right": "motorcycle"}    # two cameras, one source
 FILTERS = {"nearest": Image.NEAREST, "area": Image.BOX, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
            "lanczos": Image.LANCZOS}
+BICUBIC = "bicubic"                 # LR up-sampled, which SR methods and policies are compared with
 LUMA = np.array([0.299, 0.587, 0.114])      # ITU-R BT.601
 HEADER = 18                         # px, height of the line of column titles
 GAP = 4                             # px between cells

@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from common import dist, images, metrics, mllm, report, run
 from common.config import fail
-from common.images import cut, read_image, resize
+from common.images import BICUBIC, cut, read_image, resize
 from common.metrics import AXES
 from common.mllm import Judge
 
-BICUBIC = "bicubic"                     # LR up-sampled takes part, for comparison
 VIEW = 192                              # px, at most, of what the page shows of an image around a judged crop
 OVERALL = AXES.index("overall")
 READING = """<ul>
@@ -115,8 +114,9 @@ def survey(scenes: list[Scene], methods: list[str], *, skip_bad: bool) -> tuple[
             if not {path, scene.lr} <= sizes.keys():
                 continue
             (h, w), (height, width) = sizes[scene.lr], sizes[path]
-            fits = sizes[next(iter(outputs.values()))] if outputs else (height // h * h, height // h * w)
-            if fits == (height, width):
+            scale = height // h
+            expected = next((sizes[other] for other in outputs.values()), (scale * h, scale * w))
+            if (height, width) == expected:
                 outputs[method] = path
             else:
                 wrong.append({"file": str(path), "reason": f"{width}x{height} px is no whole multiple of its LR image, "
@@ -233,8 +233,8 @@ def page(results: dict, shown: list[tuple]) -> bytes:
     rival, (_, _, name, views, _) = BICUBIC if best["method"] != BICUBIC else last["method"], shown[0]
     if rival in views:
         slider = report.compare(views[rival], views[best["method"]], (rival, best["method"]))
-        parts.append(f"<figure>{slider}<figcaption>Drag: {html.escape(rival)} on the left, "
-                     f"{html.escape(best['method'])} on the right; image {html.escape(name)}.</figcaption></figure>")
+        parts.append(report.figure(slider, html.escape(
+            f"Drag: {rival} on the left, {best['method']} on the right; image {name}.")))
     rows = [[row["method"], *(report.interval(row[axis]) for axis in AXES[::-1]),
              f"{row['win_rate']:.3f}", "-" if row is best else report.interval(row["behind_best"]), str(row["images"])]
             for row in results["ranking"]]
@@ -244,8 +244,8 @@ def page(results: dict, shown: list[tuple]) -> bytes:
               "the crop that scored highest or lowest. Below: scores of whole images.</p>"]
     for method, kind, name, views, scores in shown:
         below = {key: f"{value:.2f}" for key, value in scores.items()}
-        parts.append(f"<figure>{report.row(views, below)}<figcaption><b>{kind} of {html.escape(method)}</b>: "
-                     f"{html.escape(name)}</figcaption></figure>")
+        parts.append(report.figure(report.row(views, below),
+                                   f"<b>{kind} of {html.escape(method)}</b>: {html.escape(name)}"))
     parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in results["notes"]), "</ul>"]
     if left_out:
         rows = [["file", "reason"], *([item["file"], item["reason"]] for item in left_out[:50])]

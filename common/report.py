@@ -40,6 +40,11 @@ img { width: 100%; display: block; border-radius: 6px } .pixels img { image-rend
 """
 
 
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. count - 1, evenly spaced: what is shown of a long list."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
 # pieces of a page ----------------------------------------------------------------------------------------------------
 
 def png_tag(image: np.ndarray | bytes, name: str, attributes: str = "") -> str:
@@ -67,6 +72,11 @@ def compare(left: np.ndarray, right: np.ndarray, names: tuple[str, str] = ("befo
             f'<input type="range" min="0" max="100" value="50" aria-label="border" oninput="{script}"></div>')
 
 
+def figure(inside: str, caption: str) -> str:
+    """Something to look at, and what it is; both are HTML."""
+    return f"<figure>{inside}<figcaption>{caption}</figcaption></figure>"
+
+
 def table(rows: list[list[str]], highlight: str = "") -> str:
     """The first row is the head; the row whose first cell is `highlight` stands out. In wide tables `[a, b]` wraps."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
@@ -88,27 +98,31 @@ def interval(rate: dict) -> str:
     return f"{rate['value']:.3f}{ends}"
 
 
-def markdown(rows: list[list]) -> list[str]:
-    """Lines of a markdown table, and an empty one; the first row is the head. None becomes a dash."""
-    head, *body = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    return [*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)), ""]
+Parts = list[str | list[list[str]]]     # a heading ("## ..") or paragraph, or the rows of a table, the head first
 
 
-def from_markdown(text: str) -> str:
-    """The headings (##), tables and paragraphs of a table.md; its title is left out."""
-    parts, rows = [], []
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("|"):
-            cells = [cell.strip() for cell in line.strip("| ").split("|")]
-            rows += [] if set("".join(cells)) <= set("-: ") else [cells]
-            continue
-        parts += [table(rows)] if rows else []
-        rows = []
-        if line.startswith("## "):
-            parts.append(f"<h3>{html.escape(line[3:])}</h3>")
-        elif line and not line.startswith("#"):
-            parts.append(f"<p>{html.escape(line)}</p>")
-    return "".join(parts)
+def markdown(parts: Parts) -> str:
+    """The text of a .md file."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, list):
+            head, *body = [f"| {' | '.join(row)} |" for row in part]
+            part = "\n".join([head, "|" + " --- |" * len(part[0]), *body])
+        blocks.append(part)
+    return "\n\n".join(blocks) + "\n"
+
+
+def text(parts: Parts) -> str:
+    """The same as HTML."""
+    pieces = []
+    for part in parts:
+        if isinstance(part, list):
+            pieces.append(table(part))
+        elif part.startswith("## "):
+            pieces.append(f"<h3>{html.escape(part[3:])}</h3>")
+        else:
+            pieces.append(f"<p>{html.escape(part)}</p>")
+    return "".join(pieces)
 
 
 def cards(items: list[tuple[str, str, str]]) -> str:

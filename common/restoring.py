@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import mllm, report, run, sr_policy
 from common.config import fail
-from common.images import MAX_PIXELS, cut, find, grid, read_image, resize, to_pixels, write_png
+from common.images import BICUBIC, MAX_PIXELS, cut, find, grid, read_image, resize, to_pixels, write_png
 from common.metrics import AXES
 from common.mllm import Judge
 from common.sr_policy import Policy
@@ -43,7 +43,6 @@ COLOR_FIXES = ("auto", "none", "adain", "wavelet")
 WAVELET_LEVELS = 5                      # low frequencies are wider than about 2 ** 5 px of SR
 SMALLEST = 8                            # px, side of an LR image that the judge can make something of
 VIEW = 384                              # px of SR that the page shows of a picture, at most
-BICUBIC = "bicubic"                     # scored and shown for comparison, not written
 ABOUT_SCORES = """<p>Scores are the judge's, 1 to 9: is the image consistent with the low-resolution one, does it look
 like a photograph, and overall. It never saw a ground truth, and it can be fooled: trust your eyes first.</p>"""
 
@@ -173,7 +172,7 @@ def find_pictures(lr_dir: str, out: Path) -> list[Picture]:
     root, target = Path(lr_dir).resolve(), out.resolve()
     if root.is_relative_to(target):
         fail(f"out: {out} is or holds lr_dir={lr_dir}: give a folder of its own, so that no picture is overwritten")
-    if out.exists() and any(out.iterdir()) and not (out / "config.yaml").exists():
+    if out.exists() and not (out / "config.yaml").exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"out: {out} has files that this command did not write: give a new or empty folder")
     files = [(name, path) for name, path in find(lr_dir, "lr_dir")
              if not path.resolve().is_relative_to(target)]
@@ -267,8 +266,8 @@ def figure(record: dict, images: dict[str, np.ndarray]) -> str:
     last, below = list(images)[-1], {name: f"overall {axes['overall']:.2f}" for name, axes in record["scores"].items()}
     links = ", ".join(f'<a href="{quote(name)}">{html.escape(name.split("/")[0])}</a>' for name in record["outputs"])
     slider = report.compare(images[BICUBIC], images[last], (BICUBIC, last))
-    return (f"<h2>{html.escape(record['file'])}</h2><figure>{slider}{report.row(images, below)}<figcaption>"
-            f"{record['size'][0]} x {record['size'][1]} px. Whole image: {links}.</figcaption></figure>")
+    return f"<h2>{html.escape(record['file'])}</h2>" + report.figure(
+        slider + report.row(images, below), f"{record['size'][0]} x {record['size'][1]} px. Whole image: {links}.")
 
 
 def write_page(folder: Path, pictures: list[Picture], *, lr_dir: str, variants: list[str], scale: int,
@@ -280,8 +279,7 @@ def write_page(folder: Path, pictures: list[Picture], *, lr_dir: str, variants: 
     good = [record for record in records if "reason" not in record]
     showable = [(picture, record) for picture, record in zip(pictures, records) if "reason" not in record
                 and record["size"][0] * record["size"][1] * scale ** 2 <= MAX_PIXELS]
-    picks = np.unique(np.linspace(0, len(showable) - 1, min(shown_images, len(showable))).astype(int))
-    shown = [(record, views(folder, picture, record, scale)) for picture, record in (showable[i] for i in picks)]
+    shown = [(showable[i][1], views(folder, *showable[i], scale)) for i in report.spread(len(showable), shown_images)]
     parts = [f"<p>{len(good)} pictures of {html.escape(lr_dir)}, {scale} times as wide and high; shown: {len(shown)}, "
              f"evenly spread, each where it has most contrast. Drag the slider: bicubic on the left, {variants[-1]} on "
              "the right.</p>"]

@@ -107,7 +107,7 @@ def open_stage(settings, script: str, folder: Path | None = None, *, free: tuple
                 lock(folder)
                 write_bytes(record, config_text(settings, stem).encode())
             except OSError as error:
-                fail(f"{folder}: cannot write there ({error.strerror}); choose another run=")
+                fail(f"{folder}: cannot write there ({error.strerror}); choose another {another}=")
         about = (sys.modules[type(settings).__module__].__doc__ or "").strip().partition("\n")[0]
         dist.print0(f"{stem}: {about}\nwrites {folder}")
     dist.barrier()

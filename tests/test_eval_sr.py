@@ -170,6 +170,12 @@ def test_the_judge_is_the_one_that_stage_04_optimized(stages, toy_config, tmp_pa
         assert stage.judge_folder(cfg, folder) == Path(wanted)
 
 
+def test_a_policy_for_another_scale_is_refused(stages, capsys):
+    with pytest.raises(SystemExit):
+        load_stage("05").load_policies({"tuned": stages[2] / "policy"}, CPU, 2)
+    assert "policy enlarges by 4, here 2 is needed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings, message", [
     (["large_size=98"], "large_size=98: should be a multiple of 8"), (["seeds_per_image=0"], "should be at least 1"),
     (["policy={run}"], "neither the folder of a finished stage 04"), (["run={run}/none"], "01_build_dataset.py"),

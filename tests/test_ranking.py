@@ -13,8 +13,7 @@ import torch
 
 from common import metrics, mllm, ranking, run
 from common.config import load_config
-from common.images import read_image, write_png
-from common.ranking import BICUBIC
+from common.images import BICUBIC, read_image, write_png
 from conftest import load_stage, make_images
 
 SIZES = {"a": (32, 32), "b": (32, 48), "c": (64, 96), "sub/d": (24, 20)}        # of outputs; judged crops are 32 px

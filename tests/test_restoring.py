@@ -246,6 +246,7 @@ def test_a_policy_folder_is_enough(trained, photos, tmp_path):
 
 @pytest.mark.parametrize("more, message", [
     (("out={photos}/..",), "is or holds lr_dir"), (("out={photos}/trip",), "did not write"),
+    (("out={photos}/gray.png",), "did not write"),
     (("lr_dir={photos}/none",), "is not a folder"), (("variants=best",), "should be tuned, base or both"),
     (("policy={photos}",), "neither the folder of a finished"), (("overlap=12",), "overlap 0 to half of it"),
     (("color_fix=lab",), "should be one of"), (("run={photos}",), "04_train_sr_grpo.py")])
