@@ -180,7 +180,7 @@ def require_one_size(folder: Path, groups: list[dict]) -> None:
 
 def judged_on(folder: Path) -> dict[str, int]:
     """hr_size (px) and scale of the images that the judge learned on, as they are: an import ignores the settings."""
-    group = load_groups(folder, "train")[0]
+    group = all_groups(folder)[0]                                   # any split: an import may have a test split only
     with Image.open(folder / group["lr"]) as image:
         return {"hr_size": image.width * group["scale"], "scale": group["scale"]}
 
