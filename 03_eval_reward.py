@@ -441,7 +441,8 @@ def rank_folders(cfg: Config) -> None:
     tested = judged_by.parent / "03_eval_reward" / "manifest.json"
     learned = judged_on(source) if (source / "groups.jsonl").exists() else None
     if not (cfg.crop or learned):
-        fail(f"{source} is missing, so the size of the images that the judge learned on is unknown: set crop=, in px")
+        fail(f"{source} is missing, so the size of the images that the judge {judged_by} learned on is unknown: correct "
+             "judge=, or set crop=, in px")
     named = ranking.method_folders(cfg.sr_dirs)
     scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]

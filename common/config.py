@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 STAGES = ("01_build_dataset", "02_train_reward", "03_eval_reward", "04_train_sr_grpo", "05_eval_sr")
 SHARED = ("run", "seed")                        # the settings that all stages share: top level of the YAML
@@ -29,7 +30,8 @@ def fail(message: str) -> typing.NoReturn:
     line = " ".join(message.splitlines())
     if len(line) > LONGEST_LINE:                # it quotes something huge
         line = f"{line[:LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2:]}"
-    print("error: " + line, file=sys.stderr, flush=True)
+    tqdm.write("error: " + line, file=sys.stderr)       # on a line of its own, also below a progress bar
+    sys.stderr.flush()
     raise SystemExit(2)
 
 

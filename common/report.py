@@ -27,8 +27,8 @@ h2 { margin: 2.6rem 0 .4rem } p, figcaption, li { color: var(--soft) } p { max-w
 .card { background: var(--card); border-radius: 12px; padding: .9rem 1.1rem }
 .card strong { display: block; font-size: 1.5rem } .card span { color: var(--soft); font-size: .9rem }
 .scroll { overflow-x: auto; margin: .4rem 0 1.2rem }
-table { border-collapse: collapse; font-size: .92rem; min-width: 100% }
-td, th { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+table { border-collapse: collapse; font-size: .82rem; min-width: 100% }
+td, th { padding: .4rem .45rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 td:first-child, th:first-child, td.text { text-align: left } th { white-space: normal; vertical-align: bottom }
 td.text { white-space: normal; min-width: 13rem } tr.mine td { background: var(--card); font-weight: 600 }
 figure { margin: 1.2rem 0 } .row { grid-template-columns: repeat(var(--columns), 1fr) }
