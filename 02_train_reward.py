@@ -108,7 +108,8 @@ class Config:
             assert vars(self)[name] > 0, f"{name}={vars(self)[name]}: should be above 0"
         assert 0 <= self.ema < 1, f"ema={self.ema}: should be from 0 to below 1"
         assert 1 <= self.reasoned_groups <= self.groups_per_step, "reasoned_groups must be in 1..groups_per_step"
-        assert self.width % self.heads == 0 and self.vision_width % self.heads == 0, "heads must divide both widths"
+        assert self.width % (2 * self.heads) == 0 and self.vision_width % (4 * self.heads) == 0, \
+            f"width must be a multiple of 2 x heads, and vision_width of 4 x heads; heads={self.heads}"
         assert self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype}"
         mllm.check_views(self.lr_view, self.candidate_view)
         assert self.looks in (1, 8, 48), f"looks={self.looks}: should be 1, 8 or 48"

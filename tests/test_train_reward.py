@@ -410,6 +410,7 @@ def test_the_cold_start_alone_with_a_rank_loss_is_a_baseline(toy_run, toy_config
     (["lora_rank=0", "dtype=bfloat16"], "dtype=bfloat16 would round its updates away; set dtype=float32"),
     (["warmup_steps=0"], "warmup_steps=0: should be at least 1"), (["lr=-1"], "lr=-1.0: should be above 0"),
     (["heads=0"], "heads=0: should be at least 1"), (["steps=-1"], "steps=-1: should be at least 0"),
+    (["width=9", "heads=3"], "width must be a multiple of 2 x heads"),
     (["looks=49"], "looks=49"), (["candidate_view=both"], "must be image or clip"),
     (["cold_start_steps=0"], "needs cold_start_steps")])
 def test_settings_that_cannot_work_are_refused(toy_config, capsys, overrides, says):
