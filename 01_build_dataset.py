@@ -258,8 +258,8 @@ def plan_import(cfg: Config) -> list[dict]:
     print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}, "
           f"{sum(bool(group['labels']) for group in plan)} of them labeled")
     if not any(group["labels"] for group in plan):
-        print("no labels: name a column of the table overall, rank_overall or votes_overall (likewise for the other axes; "
-              "see common/imports.py), or let people compare (annotate=true)")
+        print("no labels: name a column of the table overall, rank_overall or votes_overall (see common/imports.py), or "
+              "let people compare (annotate=true)")
     return plan
 
 

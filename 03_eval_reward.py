@@ -40,7 +40,7 @@ from common.config import fail, load_config
 from common.dist import mine
 from common.groups import all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior
 from common.images import BICUBIC, luma, sheet, write_png
-from common.metrics import AXES
+from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
 from common.training import adapter_off
@@ -58,7 +58,6 @@ SCORERS = {
     "sharpness": ("sharpness", "candidate")}
 MEASURED = [name for name in SCORERS if name != "method_prior"]     # they look at images
 RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
-OVERALL = AXES.index("overall")
 SHOWN = AXES[::-1]                      # order of the axes in tables
 TITLE = "The reward model on unseen photographs"
 EXAMPLES = 5                            # rows of examples.png and of probes.png
@@ -441,8 +440,8 @@ def rank_folders(cfg: Config) -> None:
     tested = judged_by.parent / "03_eval_reward" / "manifest.json"
     learned = judged_on(source) if (source / "groups.jsonl").exists() else None
     if not (cfg.crop or learned):
-        fail(f"{source} is missing, so the size of the images that the judge {judged_by} learned on is unknown: correct "
-             "judge=, or set crop=, in px")
+        fail(f"{source} is missing, so the size of the images that the judge {judged_by} learned on is unknown: "
+             "correct judge=, or set crop=, in px")
     named = ranking.method_folders(cfg.sr_dirs)
     scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]

@@ -141,6 +141,7 @@ class Config:
 def cold_start(cfg: Config, folder: Path, *, source: Path, groups: list[dict], device: torch.device) -> None:
     """Train the small policy from nothing, or from its newest checkpoint on; its averaged weights go to `folder`."""
     folder.mkdir(exist_ok=True)
+    dist.barrier()                                              # every rank has seen that it is not done
     some = [groups[i] for i in sorted(run.np_rng(cfg.seed, "fit").permutation(len(groups))[:1000])]
     policy = sr_policy.new_policy(image_batch(source, some, "hr"), image_batch(source, some, "lr"), seed=cfg.seed,
                                   steps=cfg.denoise_steps, channels=cfg.channels).to(device)

@@ -14,6 +14,7 @@ from skimage.metrics import structural_similarity
 from common.images import luma, to_float
 
 AXES = ("consistency", "naturalness", "overall")
+OVERALL = AXES.index("overall")
 # chosen by looking at sheets of candidates sorted by score, on training photographs
 CONSISTENCY_SCALE = 0.04     # RMSE (of 1) between the down-sampled images at which the score is 1/2
 NATURALNESS_SCALE = 0.6      # mean |log energy ratio| at which the score is 1/e

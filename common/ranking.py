@@ -20,11 +20,10 @@ from tqdm import tqdm
 from common import dist, images, metrics, mllm, report, run
 from common.config import fail
 from common.images import BICUBIC, cut, read_image, resize
-from common.metrics import AXES
+from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 
 VIEW = 192                              # px, at most, of what the page shows of an image around a judged crop
-OVERALL = AXES.index("overall")
 READING = """<ul>
 <li><b>overall, consistency, naturalness</b>: what the judge expects, 1 to 9. Consistency: does the image show what LR
 shows; naturalness: does it look like a photograph. In brackets 95 % intervals, a bootstrap over images.</li>
