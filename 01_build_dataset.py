@@ -431,7 +431,7 @@ def quality(groups: list[dict]) -> dict:
 
     for split in SPLITS:
         if not any(group["split"] == split for group in groups):
-            print(f"warning: no {split} groups: stages 02 and 03 need some")
+            print(f"warning: no {split} groups: {'03 cannot evaluate on' if split == 'test' else '02 cannot train on'} this set")
     if not labeled:
         print("warning: no labels: stage 02 cannot train on this set")
     if prior["overall"] > PRIOR_LIMIT:

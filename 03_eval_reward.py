@@ -8,6 +8,9 @@ PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few group
 that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground truth that was
 tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
 
+A set that people voted on (import_from of stage 01, with judge= of another run) is judged in crops of the size that the
+judge learned on, and how far the raters agree with each other is said beside.
+
 With lr_dir and sr_dirs it ranks SR methods on a folder of yours instead (common/ranking.py), without ground truth.
 
 Run     python 03_eval_reward.py configs/demo.yaml
@@ -25,6 +28,7 @@ import html
 import re
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +43,7 @@ from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
 from common.groups import all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior
-from common.images import BICUBIC, luma, sheet, write_png
+from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
@@ -60,6 +64,7 @@ MEASURED = [name for name in SCORERS if name != "method_prior"]     # they look 
 RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
 SHOWN = AXES[::-1]                      # order of the axes in tables
 TITLE = "The reward model on unseen photographs"
+RATER_SPLITS = 200                      # random halves of the raters of an LR image
 EXAMPLES = 5                            # rows of examples.png and of probes.png
 SORTED = "Sorted by the judge, its best first; frames show the label, from green = best to red = worst"
 MAX_REPLY_TOKENS = 64                   # for a judge that came without stage 02
@@ -77,7 +82,7 @@ class Config:
     lr_dir: str | None = None           # folder of LR images
     sr_dirs: list[str] = field(default_factory=list)  # per SR method PATH or NAME=PATH; files named as in lr_dir
     out: str | None = None              # folder for the results; none: <run>/03_eval_reward_<names>
-    crop: int = 0                       # px of a judged crop of an output; 0: as large as those the judge learned on
+    crop: int = 0                       # px of a judged crop of larger images; 0: as large as those it learned on
     crops_per_image: int = 64           # at most, evenly spread; an image's score is the mean over its crops
     skip_bad: bool = False              # outputs that are missing or of a wrong size are left out, not an error
 
@@ -120,6 +125,13 @@ def partners(groups: list[dict], order: list[int], distance: int) -> list[dict]:
     return [groups[partner[i]] for i in range(len(groups))]
 
 
+def crop_for(judged_by: Path, source: Path) -> int:
+    """Side, px, of the crops in which the judge sees `source`: of the images that it learned on, if smaller; else 0."""
+    learned_from = judged_by.parent / "01_build_dataset"
+    side = judged_on(learned_from)["hr_size"] if (learned_from / "groups.jsonl").exists() else 0
+    return side if side < judged_on(source)["hr_size"] else 0
+
+
 def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge | None:
     """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
     if isinstance(judge.model, PeftModel):
@@ -139,28 +151,39 @@ def pixel_scores(image: np.ndarray, lr: np.ndarray, hr: np.ndarray | None, *, sc
     return [*reference, metrics.lr_psnr(image, lr, scale), float(laplace(luma(image)).var())]
 
 
-def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict], *, seed: int,
-            batch: int) -> tuple[Tensor, float]:
+def expected_scores(judge: Judge, lrs: list[np.ndarray], images: list[list[np.ndarray]], *, crop: int,
+                    limit: int) -> Tensor:
+    """Scores [g, C, 3] of the candidates of g LR images; crop > 0: means over at most `limit` crops of so many px."""
+    if not crop:
+        return mllm.expected_scores(judge, lrs, images)
+    return torch.cat([mllm.scores_in_crops(judge, lr[None], np.stack(candidates)[None], crop=crop, limit=limit)
+                      for lr, candidates in zip(lrs, images)])
+
+
+def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict], *, seed: int, batch: int, crop: int,
+            limit: int) -> tuple[Tensor, float]:
     """
     Scores of this rank's groups by all MEASURED scorers, float64 [g, C, scorers, 3 axes], and seconds of the judge.
 
-    before: the judge before GRPO; without, its scores are NaN. A scorer with one number for all axes repeats it.
+    before: the judge before GRPO; without, its scores are NaN. A scorer with one number for all axes repeats it. crop,
+    limit: see expected_scores.
     """
     scores = [torch.zeros(0, len(groups[0]["candidates"]), len(MEASURED), len(AXES), dtype=torch.float64)]
     pairs, seconds = list(zip(mine(groups), mine(other_groups(groups, seed)))), 0.0
     for i in tqdm(range(0, len(pairs), batch), desc="score", unit="batch", disable=not dist.is_main()):
         part, others = zip(*pairs[i:i + batch])
         lrs, images, hrs = zip(*(group_images(source, group) for group in part))
-        wrong = [lr_image(source, group) for group in others]
+        wrong = [resize(lr_image(source, group), lr.shape[1::-1], "bicubic") if crop else lr_image(source, group)
+                 for group, lr in zip(others, lrs)]
         gray = [np.full_like(lr, 128) for lr in lrs]
-        by_scorer = {"lr_shuffled": mllm.expected_scores(judge, wrong, images),
-                     "lr_gray": mllm.expected_scores(judge, gray, images)}                  # [g, C, 3] each
+        score = partial(expected_scores, images=images, crop=crop, limit=limit)
+        by_scorer = {"lr_shuffled": score(judge, wrong), "lr_gray": score(judge, gray)}     # [g, C, 3] each
         by_scorer["before_grpo"] = torch.full_like(by_scorer["lr_gray"], torch.nan)
         if before:
             with adapter_off(before.model):
-                by_scorer["before_grpo"] = mllm.expected_scores(before, lrs, images)
+                by_scorer["before_grpo"] = score(before, lrs)
         started = time.time()
-        by_scorer["judge"] = mllm.expected_scores(judge, lrs, images)                       # last: all is warm by now
+        by_scorer["judge"] = score(judge, lrs)                                              # last: all is warm by now
         seconds += time.time() - started
         pixels = torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in candidates]
                                for group, lr, candidates, hr in zip(part, lrs, images, hrs)], dtype=torch.float64)
@@ -290,6 +313,25 @@ def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.nd
     return {"pairs": int(pairs.sum()), **metrics.rate(right, pairs, seed)}
 
 
+def rater_agreement(groups: list[dict], seed: int) -> float | None:
+    """
+    How often two random halves of the raters order two candidates alike, overall: about what a judge can reach.
+
+    Each rater has one vote per LR image. Pairs that a half ties are left out. None without such votes.
+    """
+    rng, alike, pairs = run.np_rng(seed, "raters"), 0, 0
+    for label in (group["labels"].get("overall", {}) for group in groups):
+        if not isinstance(label.get("votes"), list) or sum(label["votes"]) > label.get("raters", 0):
+            continue
+        votes = np.array(label["votes"]).astype(int)
+        i, j = np.triu_indices(len(votes), 1)
+        for _ in range(RATER_SPLITS):
+            half = rng.multivariate_hypergeometric(votes, votes.sum() // 2)
+            order, other = (np.sign(counts[i] - counts[j]) for counts in (half, votes - half))
+            alike, pairs = alike + (order * other > 0).sum(), pairs + (order * other != 0).sum()
+    return round(float(alike / pairs), 4) if pairs else None
+
+
 def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray,
              seed: int) -> dict:
     """results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score."""
@@ -308,7 +350,7 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
             "srcc": {axis: metrics.mean_srcc(scores["judge"][..., a], ranks[..., a]) for a, axis in enumerate(AXES)},
             "new_methods": accuracy_on_new_methods(groups, train, scores["judge"][..., OVERALL], ranks[..., OVERALL],
                                                    seed),
-            "readouts": None, "probes": None, "notes": notes}
+            "rater_agreement": rater_agreement(groups, seed), "readouts": None, "probes": None, "notes": notes}
 
 
 def headline(results: dict, images_per_second: float) -> dict:
@@ -325,6 +367,9 @@ def headline(results: dict, images_per_second: float) -> dict:
             "srcc": results["srcc"]["overall"],
             "consistency_accuracy": accuracy["judge"]["consistency"]["value"],
             "naturalness_accuracy": accuracy["judge"]["naturalness"]["value"],
+            "consistency_lr_psnr": accuracy["lr_psnr"]["consistency"]["value"],
+            "naturalness_sharpness": accuracy["sharpness"]["naturalness"]["value"],
+            "rater_agreement": results["rater_agreement"],
             "sampled_accuracy": readouts and readouts["accuracy"]["sampled"]["overall"]["value"],
             "parse_rate": readouts and readouts["parse_rate"], "digit_mass": readouts and readouts["digit_mass"],
             "images_per_second": round(images_per_second, 1),
@@ -347,6 +392,8 @@ def tables(results: dict) -> report.Parts:
               *([*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy)],
              [["the judge is better, on the same pairs, than", *SHOWN],
               *([SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items())]]
+    if results["rater_agreement"]:
+        parts.append(f"Two halves of the raters order {results['rater_agreement']:.3f} of the pairs alike, overall.")
     if new["pairs"]:
         parts.append(f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.")
     if readouts:
@@ -481,16 +528,17 @@ def main(cfg: Config) -> None:
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     settings = run.settings_of(judged_by, "02_train_reward")
     groups, train = load_labeled(source)
+    crop = cfg.crop or crop_for(judged_by, source)
     train = leave_out(train, settings.get("held_out_methods", []))
-    with_hr = [group for group in groups if group["hr"]]
-    chosen = report.spread(len(groups), cfg.sampled_groups)
+    with_hr = [group for group in groups if group["hr"] and not crop]           # replies and probes are of whole images
+    chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
     dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
                 f"{cfg.sampled_replies} sampled replies per candidate")
 
     # 1. every rank scores its share of the groups; the slowest rank's time counts
     measured, seconds = measure(judge, judge_before_grpo(judge, judged_by, settings), source, groups, seed=cfg.seed,
-                                batch=cfg.groups_per_forward)
+                                batch=cfg.groups_per_forward, crop=crop, limit=cfg.crops_per_image)
     measured = dist.gather_rows(measured).numpy().round(4)              # as in scores.jsonl: noise decides nothing
     seconds = float(dist.gather_rows(torch.tensor([seconds])).max())
 
@@ -514,6 +562,9 @@ def main(cfg: Config) -> None:
         if train:
             scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
         results, texts = evaluate(groups, train, scores, ranks, cfg.seed), {}
+        if crop:
+            results["notes"].append(f"images are larger than those the judge learned on: its scores are means over "
+                                    f"crops of {crop} px, at most {cfg.crops_per_image} of each")
         if replies is not None:
             written, sampled = read_replies(judge, replies)
             texts = {(chosen[g], c): text for (g, c, number), text in written.items() if number == 0}

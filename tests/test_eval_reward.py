@@ -18,7 +18,7 @@ from common.groups import group_images, load_groups
 from common.images import read_image
 from common.metrics import AXES
 from common.replies import sample_replies
-from conftest import load_stage, run_stage
+from conftest import build_judge, load_stage, make_images, run_stage
 
 CPU = torch.device("cpu")
 
@@ -218,3 +218,29 @@ def test_probe_rates_count_ties_as_half():
     assert found["each"][first]["overall"]["value"] == 0.5 and found["each"][second]["overall"]["value"] == 0.875
     assert found["all"]["value"] == pytest.approx((6 * 4 - 2.5) / 24, abs=1e-4)
     assert found["mean_scores"]["hr"] == dict.fromkeys(AXES, 5.0)
+
+
+def test_raters_who_agree_and_raters_who_do_not():
+    def group(votes: list | None, raters: int = 20) -> dict:
+        return {"labels": {"overall": {"ranks": [1, 2, 2], "votes": votes, "raters": raters}}}
+
+    agreement = load_stage("03").rater_agreement
+    assert agreement([group([20, 0, 0])] * 3, seed=0) == 1
+    assert agreement([group(None), group([30, 20, 5])], seed=0) is None         # no votes; several votes per rater
+    rng, alike, pairs = np.random.default_rng(1), 0, 0
+    for _ in range(4000):                                                       # two halves of 12 raters
+        ballots = rng.permutation([0] * 7 + [1] * 4 + [2])
+        half, other = ([list(part).count(c) for c in range(3)] for part in (ballots[:6], ballots[6:]))
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            if half[i] != half[j] and other[i] != other[j]:
+                alike, pairs = alike + ((half[i] > half[j]) == (other[i] > other[j])), pairs + 1
+    assert agreement([group([7, 4, 1], 12)] * 20, seed=0) == pytest.approx(alike / pairs, abs=0.02)
+
+
+def test_images_larger_than_those_the_judge_learned_on_are_judged_in_crops():
+    judge, score = build_judge()[0], load_stage("03").expected_scores
+    lr, *images = make_images(3, 64, 32)
+    whole = [score(judge, [lr[at:at + 8]], [[image[4 * at:4 * at + 32] for image in images]], crop=0, limit=0)
+             for at in (0, 8)]
+    crops = score(judge, [lr], [images], crop=32, limit=9)
+    assert torch.allclose(crops, (whole[0] + whole[1]) / 2, atol=1e-5)
