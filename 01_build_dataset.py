@@ -258,8 +258,8 @@ def plan_import(cfg: Config) -> list[dict]:
     print(f"{len(plan)} groups x {len(plan[0]['candidates'])} candidates of {cfg.import_from}, "
           f"{sum(bool(group['labels']) for group in plan)} of them labeled")
     if not any(group["labels"] for group in plan):
-        print("no labels: name a column of the table overall, rank_overall or votes_overall (see common/imports.py), or "
-              "let people compare (annotate=true)")
+        print("no labels: name a column of the table overall, rank_overall or votes_overall (see common/imports.py), "
+              "or let people compare (annotate=true)")
     return plan
 
 
@@ -431,7 +431,8 @@ def quality(groups: list[dict]) -> dict:
 
     for split in SPLITS:
         if not any(group["split"] == split for group in groups):
-            print(f"warning: no {split} groups: {'03 cannot evaluate on' if split == 'test' else '02 cannot train on'} this set")
+            stage = "03 cannot evaluate on" if split == "test" else "02 cannot train on"
+            print(f"warning: no {split} groups: {stage} this set")
     if not labeled:
         print("warning: no labels: stage 02 cannot train on this set")
     if prior["overall"] > PRIOR_LIMIT:

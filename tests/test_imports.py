@@ -211,7 +211,8 @@ def test_a_photograph_lies_in_one_split(build, pictures):
 @pytest.mark.parametrize("name, text, words", [
     ("set.tsv", "lr", "ends in .csv or .jsonl"), ("set.jsonl", "{", "line 1: not JSON"), ("set.jsonl", "[]", "object"),
     ("set.csv", 'lr,candidate,method\n"a', "line 2: not a well-formed table"), ("set.jsonl", '{"lr": 1}', "'lr' is"),
-    ("set.csv", "lr,candidate,method,overall,mos\na,b,c,1,2", "line 2: a column is there twice"), ("gone/x.csv", None, "does not exist")])
+    ("set.csv", "lr,candidate,method,overall,mos\na,b,c,1,2", "line 2: a column is there twice"),
+    ("gone/x.csv", None, "does not exist")])
 def test_other_files(build, tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text)

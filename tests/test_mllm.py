@@ -23,7 +23,8 @@ ANSWER = GOOD[GOOD.index("<answer>"):]
 REFUSED = {
     "empty": "", "prose": "I would give this image 7 out of 9 for consistency.",
     "no thinking": ANSWER, "no answer": "<thinking>close; fair</thinking>", "cut short": GOOD[:-4],
-    "thinking not closed": GOOD.replace("</thinking>", ""), "text before": "Sure! " + GOOD, "newline after": GOOD + "\n",
+    "thinking not closed": GOOD.replace("</thinking>", ""), "text before": "Sure! " + GOOD,
+    "newline after": GOOD + "\n",
     "end token left in": GOOD + "<|im_end|>", "two replies": GOOD * 2, "two answers": GOOD + ANSWER,
     "an answer inside the thinking": GOOD.replace("close", ANSWER),
     "thinking inside thinking": GOOD.replace("close", "<thinking>close"),

@@ -46,7 +46,8 @@ def test_the_test_command_is_the_one_of_ci():
 
 def test_files_pictures_and_headings_that_are_mentioned_exist():
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    code = re.findall(r"`((?:common|configs|tests)/[\w./]*\w)`", prose) + re.findall(r"^(common/\w+\.py) ", README, re.M)
+    code = re.findall(r"`((?:common|configs|tests)/[\w./]*\w)`", prose)
+    code += re.findall(r"^(common/\w+\.py) ", README, re.MULTILINE)
     assert len(code) > 15 and [name for name in code if not (ROOT / name).exists()] == []
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
                for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)}

@@ -37,7 +37,8 @@ def test_series_are_the_numbers_that_change_evaluations_first(tmp_path):
             {"step": 2, "val_b": 6}, {"step": 3, "a": 4, "same": 3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     series = report.read_series(tmp_path / "metrics.jsonl")
-    assert {key: points.tolist() for key, points in series.items()} == {"val_b": [[1, 2], [5, 6]], "a": [[0, 3], [1, 4]]}
+    points = {key: values.tolist() for key, values in series.items()}
+    assert points == {"val_b": [[1, 2], [5, 6]], "a": [[0, 3], [1, 4]]}
     assert list(series) == ["val_b", "a"]
     assert list(report.read_series(tmp_path / "metrics.jsonl", ["a", "gone"])) == ["a"]
     assert "<img" in report.curves(tmp_path / "metrics.jsonl", ["a"])
