@@ -64,7 +64,8 @@ def test_what_03_leaves_behind(evaluated):
     assert set(manifest["results"]) == {
         "pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
         "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
-        "consistency_accuracy", "naturalness_accuracy", "sampled_accuracy", "parse_rate", "digit_mass",
+        "consistency_accuracy", "naturalness_accuracy", "consistency_lr_psnr", "naturalness_sharpness", "rater_agreement",
+        "sampled_accuracy", "parse_rate", "digit_mass",
         "images_per_second", "probe_rate", "probe_rate_ci95", "held_out_method_accuracy"}
     assert set(results["accuracy"]) == set(stage.SCORERS) and results["notes"] == []
     lines = lines_of(evaluated)
@@ -131,7 +132,7 @@ def test_every_scorer_is_what_its_name_says(toy_run):
     stage, source = load_stage("03"), toy_run / "01_build_dataset"
     judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
     groups = stage.load_labeled(source)[0]
-    measured, seconds = stage.measure(judge, judge, source, groups, seed=0, batch=3)
+    measured, seconds = stage.measure(judge, judge, source, groups, seed=0, batch=3, crop=0, limit=0)
     assert measured.shape == (8, 4, len(stage.MEASURED), 3) and seconds > 0
     column = {name: measured[:2, :, i] for i, name in enumerate(stage.MEASURED)}
     lrs, images, hrs = zip(*(group_images(source, group) for group in groups[:2]))
