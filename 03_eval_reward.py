@@ -125,11 +125,16 @@ def partners(groups: list[dict], order: list[int], distance: int) -> list[dict]:
     return [groups[partner[i]] for i in range(len(groups))]
 
 
+def learned_on(judged_by: Path) -> dict[str, int] | None:
+    """hr_size (px) and scale of the images that a judge learned on; None where no data set lies beside it."""
+    learned_from = judged_by.parent / "01_build_dataset"
+    return judged_on(learned_from) if (learned_from / "groups.jsonl").exists() else None
+
+
 def crop_for(judged_by: Path, source: Path) -> int:
     """Side, px, of the crops in which the judge sees `source`: of the images that it learned on, if smaller; else 0."""
-    learned_from = judged_by.parent / "01_build_dataset"
-    side = judged_on(learned_from)["hr_size"] if (learned_from / "groups.jsonl").exists() else 0
-    return side if side < judged_on(source)["hr_size"] else 0
+    learned = learned_on(judged_by)
+    return learned["hr_size"] if learned and learned["hr_size"] < judged_on(source)["hr_size"] else 0
 
 
 def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge | None:
@@ -151,12 +156,17 @@ def pixel_scores(image: np.ndarray, lr: np.ndarray, hr: np.ndarray | None, *, sc
     return [*reference, metrics.lr_psnr(image, lr, scale), float(laplace(luma(image)).var())]
 
 
-def expected_scores(judge: Judge, lrs: list[np.ndarray], images: list[list[np.ndarray]], *, crop: int,
-                    limit: int) -> Tensor:
-    """Scores [g, C, 3] of the candidates of g LR images; crop > 0: means over at most `limit` crops of so many px."""
+def expected_scores(judge: Judge, lrs: list[np.ndarray], images: list[list[np.ndarray]], *, crop: int, limit: int,
+                    batch: int) -> Tensor:
+    """
+    Scores [g, C, 3] of the candidates of g LR images; crop > 0: means over at most `limit` crops of so many px.
+
+    batch: LR images, or crops of one, per forward pass: memory only.
+    """
     if not crop:
-        return mllm.expected_scores(judge, lrs, images)
-    return torch.cat([mllm.scores_in_crops(judge, lr[None], np.stack(candidates)[None], crop=crop, limit=limit)
+        return mllm.expected_scores(judge, lrs, images, groups_per_forward=batch)
+    return torch.cat([mllm.scores_in_crops(judge, lr[None], np.stack(candidates)[None], crop=crop, limit=limit,
+                                           images_per_forward=batch * len(candidates))
                       for lr, candidates in zip(lrs, images)])
 
 
@@ -176,7 +186,7 @@ def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict]
         wrong = [resize(lr_image(source, group), lr.shape[1::-1], "bicubic") if crop else lr_image(source, group)
                  for group, lr in zip(others, lrs)]
         gray = [np.full_like(lr, 128) for lr in lrs]
-        score = partial(expected_scores, images=images, crop=crop, limit=limit)
+        score = partial(expected_scores, images=images, crop=crop, limit=limit, batch=batch)
         by_scorer = {"lr_shuffled": score(judge, wrong), "lr_gray": score(judge, gray)}     # [g, C, 3] each
         by_scorer["before_grpo"] = torch.full_like(by_scorer["lr_gray"], torch.nan)
         if before:
@@ -483,12 +493,10 @@ def rank_folders(cfg: Config) -> None:
     """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
     started, device = time.time(), dist.init()
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    source = judged_by.parent / "01_build_dataset"                      # the images that the judge learned from
-    tested = judged_by.parent / "03_eval_reward" / "manifest.json"
-    learned = judged_on(source) if (source / "groups.jsonl").exists() else None
+    tested, learned = judged_by.parent / "03_eval_reward" / "manifest.json", learned_on(judged_by)
     if not (cfg.crop or learned):
-        fail(f"{source} is missing, so the size of the images that the judge {judged_by} learned on is unknown: "
-             "correct judge=, or set crop=, in px")
+        fail(f"{judged_by.parent / '01_build_dataset'} is missing, so the size of the images that the judge "
+             f"{judged_by} learned on is unknown: correct judge=, or set crop=, in px")
     named = ranking.method_folders(cfg.sr_dirs)
     scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
@@ -528,7 +536,7 @@ def main(cfg: Config) -> None:
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     settings = run.settings_of(judged_by, "02_train_reward")
     groups, train = load_labeled(source)
-    crop = cfg.crop or crop_for(judged_by, source)
+    crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
     train = leave_out(train, settings.get("held_out_methods", []))
     with_hr = [group for group in groups if group["hr"] and not crop]           # replies and probes are of whole images
     chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)

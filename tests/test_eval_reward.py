@@ -64,8 +64,8 @@ def test_what_03_leaves_behind(evaluated):
     assert set(manifest["results"]) == {
         "pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
         "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
-        "consistency_accuracy", "naturalness_accuracy", "consistency_lr_psnr", "naturalness_sharpness", "rater_agreement",
-        "sampled_accuracy", "parse_rate", "digit_mass",
+        "consistency_accuracy", "naturalness_accuracy", "consistency_lr_psnr", "naturalness_sharpness",
+        "rater_agreement", "sampled_accuracy", "parse_rate", "digit_mass",
         "images_per_second", "probe_rate", "probe_rate_ci95", "held_out_method_accuracy"}
     assert set(results["accuracy"]) == set(stage.SCORERS) and results["notes"] == []
     lines = lines_of(evaluated)
@@ -241,7 +241,7 @@ def test_raters_who_agree_and_raters_who_do_not():
 def test_images_larger_than_those_the_judge_learned_on_are_judged_in_crops():
     judge, score = build_judge()[0], load_stage("03").expected_scores
     lr, *images = make_images(3, 64, 32)
-    whole = [score(judge, [lr[at:at + 8]], [[image[4 * at:4 * at + 32] for image in images]], crop=0, limit=0)
-             for at in (0, 8)]
-    crops = score(judge, [lr], [images], crop=32, limit=9)
+    whole = [score(judge, [lr[at:at + 8]], [[image[4 * at:4 * at + 32] for image in images]], crop=0, limit=0,
+                   batch=1) for at in (0, 8)]
+    crops = score(judge, [lr], [images], crop=32, limit=9, batch=1)
     assert torch.allclose(crops, (whole[0] + whole[1]) / 2, atol=1e-5)
