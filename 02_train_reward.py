@@ -124,6 +124,7 @@ COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of t
 SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
 REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
 WEIGHT_DECAY, GRAD_NORM = 0.05, 1.0     # of AdamW and Muon; gradients are clipped to this norm
+RESIZE = "choose hr_size of stage 01, max_pixels or model so"
 MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")      # of grpo_loss, for replies and for digits
 
 
@@ -535,16 +536,21 @@ def main(cfg: Config) -> None:
                 f"grpo: {cfg.steps} steps of {cfg.groups_per_step} groups; each step writes {answers} answers, "
                 f"{with_reasoning} of them with reasoning")
 
+    sizes = {cohort.images[0].shape[:2] for cohort in {cohort.lr.shape: cohort for cohort in train + val}.values()}
+
     # 2. cold start
     base = cfg.model
     if cfg.cold_start_steps:
         base = folder / "cold_start" / "model"
         if not (folder / "cold_start" / "done.json").exists():
-            cold_start(cfg, folder / "cold_start", first_judge(cfg, train, device), train, val)
+            judge = first_judge(cfg, train, device)
+            mllm.check_sizes(judge, sizes, RESIZE)
+            cold_start(cfg, folder / "cold_start", judge, train, val)
         drop_checkpoints(folder / "cold_start")
 
     # 3. the judge to train and its reference: with LoRA the same, its adapter off
     judge = reference = prepare(cfg, load_base(cfg, base, device), lora=cfg.lora_rank > 0)
+    mllm.check_sizes(judge, sizes, RESIZE)
     if not cfg.lora_rank:
         reference = load_base(cfg, base, device)
     weights = trainable(judge.model)

@@ -42,7 +42,8 @@ from common import dist, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior
+from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior,
+                           shown_sizes)
 from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
@@ -497,16 +498,18 @@ def rank_folders(cfg: Config) -> None:
     if not (cfg.crop or learned):
         fail(f"{judged_by.parent / '01_build_dataset'} is missing, so the size of the images that the judge "
              f"{judged_by} learned on is unknown: correct judge=, or set crop=, in px")
+    judge, side = mllm.load_judge(judged_by, device), cfg.crop or learned["hr_size"]
+    mllm.check_sizes(judge, {(side, side)}, "set crop= so")
     named = ranking.method_folders(cfg.sr_dirs)
     scenes, left_out = ranking.match(cfg.lr_dir, named, skip_bad=cfg.skip_bad)
     name = re.sub(r"[^\w.-]+", "_", "_".join([Path(cfg.lr_dir).resolve().name, *named]))[:80]
     folder = run.open_stage(cfg, __file__, Path(cfg.out or f"{cfg.run}/03_eval_reward_{name}"))
     scenes, unusable = ranking.survey(scenes, list(named), skip_bad=cfg.skip_bad)
-    left_out, methods, side = left_out + unusable, [*named, BICUBIC], cfg.crop or learned["hr_size"]
+    left_out, methods = left_out + unusable, [*named, BICUBIC]
     dist.print0(f"{len(scenes)} LR images, {len(methods)} methods, crops of {side} px; {len(left_out)} files left out")
 
     measured = dist.gather_rows(ranking.score_all(
-        mllm.load_judge(judged_by, device), scenes, methods, side=side, limit=cfg.crops_per_image,
+        judge, scenes, methods, side=side, limit=cfg.crops_per_image,
         batch=cfg.groups_per_forward)).numpy().round(4)
     rows = ranking.rank_methods(measured[..., :3], methods, cfg.seed)
     if dist.is_main():
@@ -541,6 +544,7 @@ def main(cfg: Config) -> None:
     with_hr = [group for group in groups if group["hr"] and not crop]           # replies and probes are of whole images
     chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
+    mllm.check_sizes(judge, shown_sizes(source, groups, crop), "set crop= so")
     dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
                 f"{cfg.sampled_replies} sampled replies per candidate")
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from common import dist, metrics, mllm, report, run, sr_pipelines, sr_policy
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import image_batch, load_groups, pick, require_enough, require_one_size
+from common.groups import image_batch, load_groups, pick, require_enough, require_one_size, shown_sizes
 from common.grpo import gaussian_kl, group_advantages, grpo_loss
 from common.images import sheet, to_pixels, turn, write_png
 from common.sr_pipelines import PIPELINES, Published
@@ -405,6 +405,8 @@ def main(cfg: Config) -> None:
     dist.print0(f"read {source}: {len(train)} training pairs; {len(fixed)} of {len(val)} validation images\n"
                 f"GRPO: {cfg.steps} steps of {cfg.inputs_per_step} x {cfg.samples_per_input} samples; "
                 f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained")
+    judge = mllm.load_judge(judged_by, device)
+    mllm.check_sizes(judge, shown_sizes(source, train[:1], cfg.crop), "set crop= so")
 
     # 2. the policy before GRPO
     cold = folder / "cold_start"
@@ -416,7 +418,6 @@ def main(cfg: Config) -> None:
     else:
         cold_start(cfg, cold, source=source, groups=train, device=device)
     drop_checkpoints(cold)
-    judge = mllm.load_judge(judged_by, device)
     policy, reference = with_reference(cfg, sr_pipelines.load_policy(cold, device))
     start, before = evaluate(policy, judge, cfg, source=source, groups=fixed)
     if not all(np.isfinite(list(start.values()))):

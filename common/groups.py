@@ -178,6 +178,16 @@ def require_one_size(folder: Path, groups: list[dict]) -> None:
                  "one size and scale; import each into its own run=")
 
 
+def shown_sizes(folder: Path, groups: list[dict], crop: int = 0) -> set[tuple[int, int]]:
+    """(height, width) of the groups' candidates, or of what a crop of so many px leaves of them, px."""
+    sizes = set()
+    for group in groups:
+        with Image.open(folder / group["lr"]) as image:             # the header alone
+            sides, scale = (image.height, image.width), group["scale"]
+        sizes.add(tuple(scale * min(side, max(1, crop // scale) if crop else side) for side in sides))
+    return sizes
+
+
 def judged_on(folder: Path) -> dict[str, int]:
     """hr_size (px) and scale of the images that the judge learned on, as they are: an import ignores the settings."""
     group = all_groups(folder)[0]                                   # any split: an import may have a test split only

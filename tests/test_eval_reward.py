@@ -97,6 +97,19 @@ def test_two_processes_measure_what_one_does(evaluated, toy_config, tmp_path):
     assert one["probes"]["all"]["value"] == pytest.approx(two["probes"]["all"]["value"])
 
 
+@pytest.mark.parametrize("number, settings", [
+    ("02", ["max_pixels=1000"]), ("03", ["crop=24"]), ("04", ["crop=24"]), ("03", ["crop=24", "sr_dirs=x", "lr_dir=x"])])
+def test_images_that_the_judge_would_resample_stop_a_stage_at_its_start(toy_run, toy_config, tmp_path, capsys, number,
+                                                                        settings):
+    stage = load_stage(number)
+    for stem in ("01_build_dataset", "02_train_reward")[:1 if number == "02" else 2]:
+        (tmp_path / stem).symlink_to(toy_run / stem)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), f"run={tmp_path}", *settings]))
+    assert "px resampled to" in capsys.readouterr().err
+
+
 def test_a_test_split_alone_with_labels_of_people_on_one_axis_and_no_ground_truth_for_a_judge_without_stage_02(
         evaluated, toy_config, tmp_path):
     folder = copy_run(evaluated, tmp_path / "run")

@@ -15,6 +15,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2Tokenizer,
@@ -257,6 +258,29 @@ def test_the_pixel_budget_holds_for_published_processor_files(family, tmp_path):
         wanted = slow_grid(height, width, PUBLISHED[family]["patch_size"], least, most)
         assert grids.tolist() == [wanted, wanted] and len(pixels) == 2 * math.prod(wanted)
         assert pixels.shape[0] * pixels.shape[1] / 6 <= 2 * most
+
+
+def test_images_that_a_model_would_resample_stop_the_run_before_it_starts(tmp_path, capsys):
+    judges = {}
+    for family in PUBLISHED:
+        save_random(tmp_path / family, family, build_tokenizer())
+        (tmp_path / family / "preprocessor_config.json").write_text(json.dumps(PUBLISHED[family]))
+        judges[family] = load(tmp_path / family, max_pixels=512 * 512)
+    whole = {"qwen3_vl": {(512, 512), (256, 448), (64, 64), (128, 128)}, "qwen2_5_vl": {(448, 448), (28, 280)}}
+    stripes = np.tile(np.array([0, 255], np.uint8)[None, :, None], (512, 256, 3))
+    for family, judge in judges.items():
+        mllm.check_sizes(judge, whole[family], "so")                        # Qwen3-VL enlarges 64 to 256
+        sizes = {(30, 300), (100, 200), (500, 333), (640, 640), (512, 510)}
+        for size in sizes | ({(512, 512)} if family == "qwen2_5_vl" else set()):
+            seen = slow_grid(*size, PUBLISHED[family]["patch_size"], judge.processor.size["shortest_edge"], 512 * 512)
+            height, width = (side * PUBLISHED[family]["patch_size"] for side in seen[1:])
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                mllm.check_sizes(judge, whole[family] | {size}, "choose another crop")
+            message = capsys.readouterr().err
+            assert f"{size[1]} x {size[0]} px resampled to {width} x {height}" in message and message.count("\n") == 1
+        contrast = mllm.pixel_patches(judge, [[stripes, stripes]])[0].std()
+        assert (contrast > 1.6) == (family == "qwen3_vl")                    # black and white: what is lost at 504
 
 
 def test_other_decoders_are_refused_before_their_weights_are_read(tmp_path, capsys):
