@@ -11,10 +11,12 @@ value network. The candidates of an LR image never leave their rank, so nothing 
 
 Run     python 02_train_reward.py configs/demo.yaml
         python 02_train_reward.py configs/demo.yaml run=runs/sft cold_start_steps=670 rank_weight=1 steps=0   # no GRPO
+        python 02_train_reward.py configs/demo.yaml blind=true          # a judge without LR, for 03 to compare with
         torchrun --standalone --nproc_per_node=8 02_train_reward.py configs/full.yaml
 Reads   <run>/01_build_dataset/   groups.jsonl and its images
 Writes  <run>/02_train_reward/    cold_start/ (model before GRPO)  judge/ (best weights)  metrics.jsonl  curves.png
                                   samples.jsonl (sampled replies)  checkpoints/  best.safetensors  manifest.json
+        <run>/02_train_reward_blind/    the same with blind=true; both may run at the same time
 Expect  on the demo see the results table in README.md
 
 Shapes: a cohort is one LR image with its C candidates; N = sum of C over some cohorts, one prompt for each (LR,
@@ -60,6 +62,7 @@ class Config:
     lr_view: str = "resized"            # "resized": LR bicubic to the candidate's size; "native": as it is
     candidate_view: str = "clip"        # "image": as it is; "clip": two frames, resized LR then candidate
     lora_rank: int = 16                 # on the language model; 0: train all weights, reference a frozen copy
+    blind: bool = False                 # a judge that sees plain gray in place of every LR image, all else the same
     # data ------------------------------------------------------------------------------------------------------
     held_out_methods: list[str] = field(default_factory=list)   # candidates of these methods are no part of training
                                         # (of "warp+blur" one part is enough): 03 tests whether it knows better anyway
@@ -132,7 +135,8 @@ MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")      # of grp
 
 def load_base(cfg: Config, source: str | Path, device: torch.device) -> Judge:
     """All weights frozen, from a transformers folder or hub id."""
-    judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view)
+    judge = mllm.load_model(source, device, dtype=cfg.dtype, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view,
+                            blind=cfg.blind)
     if cfg.max_pixels < judge.processor.size["shortest_edge"]:
         fail(f"max_pixels={cfg.max_pixels}: {source} enlarges images to {judge.processor.size['shortest_edge']} "
              "pixels; give at least that")
@@ -165,7 +169,7 @@ def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge
     small = build_small(
         [[cohort.lr, *cohort.images] for cohort in train[:200]], device, seed=cfg.seed, width=cfg.width,
         depth=cfg.depth, heads=cfg.heads, vision_width=cfg.vision_width, vision_depth=cfg.vision_depth,
-        max_pixels=cfg.max_pixels, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view)
+        max_pixels=cfg.max_pixels, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view, blind=cfg.blind)
     return prepare(cfg, small, lora=False)
 
 
@@ -519,8 +523,8 @@ def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
 @run.explained()
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
-    free = ("groups_per_forward", "gradient_checkpointing", "save_every")
-    folder = run.open_stage(cfg, __file__, free=free)
+    folder = Path(cfg.run) / ("02_train_reward_blind" if cfg.blind else "02_train_reward")
+    run.open_stage(cfg, __file__, folder, free=mllm.FREE)
     # 1. data
     source = run.require(cfg.run, "01_build_dataset")
     check_methods(source, cfg.held_out_methods)

@@ -2,11 +2,11 @@
 Can the judge be trusted? Measured on the test photographs, which no training saw.
 
 Pair accuracy is how often it orders two candidates of one LR image as the labels do; 0.5 is chance. The same pairs are
-ordered by its rivals: the judge with the LR image of another photograph, or with a flat gray one (LR-blind), which show
-whether it uses LR at all; the judge before GRPO; the mean training label of a candidate's method, which sees no pixel;
-PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups the two read-outs are compared: scores
-that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground truth that was
-tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
+ordered by its rivals: a judge trained as long without LR (blind=true of 02), which shows what LR is good for; the judge
+with the LR image of another photograph; the judge before GRPO; the mean training label of a candidate's method, which
+sees no pixel; PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups the two read-outs are
+compared: scores that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground
+truth that was tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
 
 A set that people voted on (import_from of stage 01, with judge= of another run) is judged in crops of the size that the
 judge learned on, and how far the raters agree with each other is said beside.
@@ -18,17 +18,19 @@ Run     python 03_eval_reward.py configs/demo.yaml
         torchrun --standalone --nproc_per_node=8 03_eval_reward.py configs/full.yaml
 Reads   <run>/01_build_dataset/   test split; of the train split, which may be missing, the labels for the method prior
         <run>/02_train_reward/    judge/, or the folder given as judge=
+        <run>/02_train_reward_blind/    the judge trained without LR, beside the judge, if it is finished
 Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  results.json  examples.png  probes.png
                                   scores.jsonl (a line per candidate, with a reply where one was sampled)  manifest.json
         <run>/03_eval_reward_<names>/ or out=, for your folder: report.html  table.md  results.json  scores.csv
                                   manifest.json
 Expect  on the demo the results table of README.md
 """
+import contextlib
 import html
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +57,14 @@ SCORERS = {
     "judge": ("judge", "LR, candidate"),
     "before_grpo": ("judge before GRPO", "LR, candidate"),
     "lr_shuffled": ("judge, LR of another group", "wrong LR, candidate"),
-    "lr_gray": ("judge, gray LR (LR-blind)", "candidate"),
+    "lr_blind": ("judge trained without LR", "candidate"),
     "method_prior": ("method prior", "name of the method, no pixel"),
     "psnr": ("PSNR (full-reference)", "ground truth, candidate"),
     "ssim": ("SSIM (full-reference)", "ground truth, candidate"),
     "lr_psnr": ("LR-PSNR", "LR, candidate"),
     "sharpness": ("sharpness", "candidate")}
-MEASURED = [name for name in SCORERS if name != "method_prior"]     # they look at images
-RIVALS = ("lr_gray", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
+PIXELS = ("psnr", "ssim", "lr_psnr", "sharpness")       # as in pixel_scores: one number for all axes
+RIVALS = ("lr_blind", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
 SHOWN = AXES[::-1]                      # order of the axes in tables
 TITLE = "The reward model on unseen photographs"
 RATER_SPLITS = 200                      # random halves of the raters of an LR image
@@ -138,15 +140,45 @@ def crop_for(judged_by: Path, source: Path) -> int:
     return learned["hr_size"] if learned and learned["hr_size"] < judged_on(source)["hr_size"] else 0
 
 
-def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge | None:
+def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge:
     """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
     if isinstance(judge.model, PeftModel):
         return judge
-    if not settings:
-        return None
     source = judged_by / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
     views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
     return replace(judge, model=mllm.load_model(source, judge.device, dtype=settings["dtype"], **views).model)
+
+
+def blind_judge(judged_by: Path, settings: dict) -> Path | None:
+    """
+    The stage-02 folder of the judge trained without LR beside a judge of these settings; None if it is not finished.
+
+    Stops with one line if it learned from other data or by other settings: the two would differ in more than LR.
+    """
+    blind = judged_by.parent / "02_train_reward_blind"
+    if not settings or not (blind / "manifest.json").exists():
+        return None
+    others, same = run.settings_of(blind, "02_train_reward"), ("run", "blind", *mllm.FREE)
+    differ = [f"{key} {settings.get(key)} and {others.get(key)}" for key in settings | others
+              if key not in same and settings.get(key) != others.get(key)]
+    seen, wanted = (run.read_json(folder / "manifest.json")["inputs"] for folder in (blind, judged_by))
+    if differ or seen != wanted:
+        fail(f"{blind} was not trained as {judged_by}: {', '.join(differ) or 'on other data'}; delete it, and train it "
+             f"again with `{command_for_blind(judged_by)}`")
+    return run.require(blind.parent, blind.name)
+
+
+def command_for_blind(judged_by: Path) -> str:
+    """The judge's own settings, but without LR."""
+    return f"python 02_train_reward.py {judged_by}/config.yaml run={judged_by.parent} blind=true"
+
+
+def other_judges(judge: Judge, judged_by: Path, settings: dict, blind: Path | None) -> Iterator[tuple[str, Judge]]:
+    """Rivals that are a model, one in memory at a time beside the judge; settings: of its stage 02, {} without."""
+    if settings:
+        yield "before_grpo", judge_before_grpo(judge, judged_by, settings)
+    if blind:
+        yield "lr_blind", mllm.load_judge(blind, judge.device)
 
 
 # scores ----------------------------------------------------------------------------------------------------
@@ -171,37 +203,36 @@ def expected_scores(judge: Judge, lrs: list[np.ndarray], images: list[list[np.nd
                       for lr, candidates in zip(lrs, images)])
 
 
-def measure(judge: Judge, before: Judge | None, source: Path, groups: list[dict], *, seed: int, batch: int, crop: int,
-            limit: int) -> tuple[Tensor, float]:
+def score_groups(judge: Judge, source: Path, groups: list[dict], shown: list[dict], *, desc: str, batch: int, crop: int,
+                 limit: int) -> tuple[Tensor, float]:
     """
-    Scores of this rank's groups by all MEASURED scorers, float64 [g, C, scorers, 3 axes], and seconds of the judge.
+    Expected scores of this rank's groups, float64 [g, C, 3], and the seconds that the judge took.
 
-    before: the judge before GRPO; without, its scores are NaN. A scorer with one number for all axes repeats it. crop,
-    limit: see expected_scores.
+    shown: for each group the one whose LR image the judge sees. crop, limit, batch: see expected_scores.
     """
-    scores = [torch.zeros(0, len(groups[0]["candidates"]), len(MEASURED), len(AXES), dtype=torch.float64)]
-    pairs, seconds = list(zip(mine(groups), mine(other_groups(groups, seed)))), 0.0
-    for i in tqdm(range(0, len(pairs), batch), desc="score", unit="batch", disable=not dist.is_main()):
-        part, others = zip(*pairs[i:i + batch])
-        lrs, images, hrs = zip(*(group_images(source, group) for group in part))
-        wrong = [resize(lr_image(source, group), lr.shape[1::-1], "bicubic") if crop else lr_image(source, group)
-                 for group, lr in zip(others, lrs)]
-        gray = [np.full_like(lr, 128) for lr in lrs]
-        score = partial(expected_scores, images=images, crop=crop, limit=limit, batch=batch)
-        by_scorer = {"lr_shuffled": score(judge, wrong), "lr_gray": score(judge, gray)}     # [g, C, 3] each
-        by_scorer["before_grpo"] = torch.full_like(by_scorer["lr_gray"], torch.nan)
-        if before:
-            with adapter_off(before.model):
-                by_scorer["before_grpo"] = score(before, lrs)
+    scores = [torch.zeros(0, len(groups[0]["candidates"]), len(AXES), dtype=torch.float64)]
+    pairs, seconds = list(zip(mine(groups), mine(shown))), 0.0
+    for i in tqdm(range(0, len(pairs), batch), desc=desc, unit="batch", disable=not dist.is_main()):
+        lrs, images = [], []
+        for group, other in pairs[i:i + batch]:
+            lr, candidates, _ = group_images(source, group)
+            wrong = lr if other is group else lr_image(source, other)
+            lrs.append(resize(wrong, lr.shape[1::-1], "bicubic") if crop and other is not group else wrong)
+            images.append(candidates)
         started = time.time()
-        by_scorer["judge"] = score(judge, lrs)                                              # last: all is warm by now
+        scores.append(expected_scores(judge, lrs, images, crop=crop, limit=limit, batch=batch).double())
         seconds += time.time() - started
-        pixels = torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in candidates]
-                               for group, lr, candidates, hr in zip(part, lrs, images, hrs)], dtype=torch.float64)
-        by_scorer |= {name: column[..., None].expand(-1, -1, len(AXES))
-                      for name, column in zip(("psnr", "ssim", "lr_psnr", "sharpness"), pixels.unbind(-1))}
-        scores.append(torch.stack([by_scorer[name].double() for name in MEASURED], 2))
     return torch.cat(scores), seconds
+
+
+def measure_pixels(source: Path, groups: list[dict]) -> Tensor:
+    """PIXELS of this rank's groups, float64 [g, C, scorers]."""
+    rows = [torch.zeros(0, len(groups[0]["candidates"]), len(PIXELS), dtype=torch.float64)]
+    for group in tqdm(mine(groups), desc="rivals", unit="group", disable=not dist.is_main()):
+        lr, images, hr = group_images(source, group)
+        rows.append(torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in images]],
+                                 dtype=torch.float64))
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -343,14 +374,16 @@ def rater_agreement(groups: list[dict], seed: int) -> float | None:
     return round(float(alike / pairs), 4) if pairs else None
 
 
-def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray,
-             seed: int) -> dict:
-    """results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score."""
+def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int,
+             notes: list[str]) -> dict:
+    """
+    results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score. notes: what
+    is to be said beside.
+    """
     sources = sorted({group["source"] for group in groups})
     kinds = sorted({label["source"] for group in groups for label in group["labels"].values()})
     lacking = [name for name, values in scores.items() if np.isnan(values[~np.isnan(ranks)]).any()]
-    notes = [f"{SCORERS[name][0]} left out: " + ("the judge came without stage 02" if name == "before_grpo" else
-                                                 "some groups lack the ground truth") for name in lacking]
+    notes = notes + [f"{SCORERS[name][0]} left out: some groups lack the ground truth" for name in lacking]
     if not train:
         notes.append("method prior left out: the train split has no labels")
     notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(ranks[..., a]).all()]
@@ -367,17 +400,20 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
 def headline(results: dict, images_per_second: float) -> dict:
     """The numbers of the manifest; None where there is no label."""
     accuracy, margin, readouts, probes = (results[key] for key in ("accuracy", "judge_minus", "readouts", "probes"))
-    absent = {"overall": {"value": None, "ci95": None}}
+    absent = dict.fromkeys(AXES, {"value": None, "ci95": None})
+    blind = accuracy.get("lr_blind", absent)
     return {"pair_accuracy": accuracy["judge"]["overall"]["value"],
             "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"],
-            "pair_accuracy_lr_blind": accuracy["lr_gray"]["overall"]["value"],
+            "pair_accuracy_lr_blind": blind["overall"]["value"],
             "pair_accuracy_lr_shuffled": accuracy["lr_shuffled"]["overall"]["value"],
             "pair_accuracy_method_prior": accuracy.get("method_prior", absent)["overall"]["value"],
-            "margin_over_lr_blind_ci95": margin["lr_gray"]["overall"]["ci95"],
+            "margin_over_lr_blind_ci95": margin.get("lr_blind", absent)["overall"]["ci95"],
             "margin_over_method_prior_ci95": margin.get("method_prior", absent)["overall"]["ci95"],
             "srcc": results["srcc"]["overall"],
             "consistency_accuracy": accuracy["judge"]["consistency"]["value"],
             "naturalness_accuracy": accuracy["judge"]["naturalness"]["value"],
+            "consistency_lr_blind": blind["consistency"]["value"],
+            "naturalness_lr_blind": blind["naturalness"]["value"],
             "consistency_lr_psnr": accuracy["lr_psnr"]["consistency"]["value"],
             "naturalness_sharpness": accuracy["sharpness"]["naturalness"]["value"],
             "rater_agreement": results["rater_agreement"],
@@ -538,6 +574,7 @@ def main(cfg: Config) -> None:
     source = run.require(cfg.run, "01_build_dataset")
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     settings = run.settings_of(judged_by, "02_train_reward")
+    blind = blind_judge(judged_by, settings)
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
     train = leave_out(train, settings.get("held_out_methods", []))
@@ -545,13 +582,20 @@ def main(cfg: Config) -> None:
     chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
     mllm.check_sizes(judge, shown_sizes(source, groups, crop), "set crop= so")
-    dist.print0(f"{len(groups)} groups: every candidate is scored 4 times; {len(chosen)} groups get "
-                f"{cfg.sampled_replies} sampled replies per candidate")
+    dist.print0(f"{len(groups)} groups; {len(chosen)} of them get {cfg.sampled_replies} sampled replies per candidate")
 
     # 1. every rank scores its share of the groups; the slowest rank's time counts
-    measured, seconds = measure(judge, judge_before_grpo(judge, judged_by, settings), source, groups, seed=cfg.seed,
-                                batch=cfg.groups_per_forward, crop=crop, limit=cfg.crops_per_image)
-    measured = dist.gather_rows(measured).numpy().round(4)              # as in scores.jsonl: noise decides nothing
+    forward = dict(batch=cfg.groups_per_forward, crop=crop, limit=cfg.crops_per_image)
+    measured = {"lr_shuffled": score_groups(judge, source, groups, other_groups(groups, cfg.seed), desc="wrong LR",
+                                            **forward)[0]}
+    measured["judge"], seconds = score_groups(judge, source, groups, groups, desc="judge", **forward)
+    for name, rival in other_judges(judge, judged_by, settings, blind):
+        with adapter_off(rival.model) if name == "before_grpo" else contextlib.nullcontext():
+            measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
+    for name, column in zip(PIXELS, measure_pixels(source, groups).unbind(-1)):
+        measured[name] = column[..., None].expand(-1, -1, len(AXES))
+    scores = {name: dist.gather_rows(measured[name]).numpy().round(4)   # as in scores.jsonl: noise decides nothing
+              for name in SCORERS if name in measured}
     seconds = float(dist.gather_rows(torch.tensor([seconds])).max())
 
     # 2. sampled replies on some groups
@@ -570,10 +614,14 @@ def main(cfg: Config) -> None:
     # 4. results, and pictures of them
     if dist.is_main():
         ranks = label_arrays(groups).ranks
-        scores = {name: measured[:, :, i] for i, name in enumerate(MEASURED)}
         if train:
             scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
-        results, texts = evaluate(groups, train, scores, ranks, cfg.seed), {}
+        notes = []
+        if not settings:
+            notes.append("judge before GRPO and judge trained without LR left out: the judge came without stage 02")
+        elif not blind:
+            notes.append(f"judge trained without LR left out: to get one, `{command_for_blind(judged_by)}`")
+        results, texts = evaluate(groups, train, scores, ranks, cfg.seed, notes), {}
         if crop:
             results["notes"].append(f"images are larger than those the judge learned on: its scores are means over "
                                     f"crops of {crop} px, at most {cfg.crops_per_image} of each")

@@ -41,6 +41,8 @@ PROMPT_VERSION = 1
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")   # dense decoders of softmax attention alone, see token_tree.py
 UNTRAINED_MAX_PIXELS = 2**18            # of an image shown to a model that stage 02 has not trained
 DIGITS = "123456789"
+GRAY = 128                              # of 255: what a blind judge sees in place of LR
+FREE = ("groups_per_forward", "gradient_checkpointing", "save_every")   # settings of 02 that do not change the judge
 INSTRUCTION = (
     "Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: consistency "
     "of image 2 with image 1, naturalness of image 2, overall. "
@@ -86,6 +88,7 @@ class Judge:
     lr_view: str                    # "resized": bicubic to the candidate's size; "native": as it is
     candidate_view: str             # "image": as it is; "clip": two frames, LR then candidate (see pixel_patches)
     device: torch.device
+    blind: bool = False             # it sees plain gray in place of LR
 
     def __post_init__(self):
         encode = self.encode
@@ -134,6 +137,7 @@ def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor,
     """
     images = []
     for lr, *shown in groups:
+        lr = np.full_like(lr, GRAY) if judge.blind else lr
         height, width = shown[0].shape[:2]
         images += [lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic"), *shown]
     batch = judge.processor(images, return_tensors="pt")
@@ -275,7 +279,8 @@ def reply_text(judge: Judge, ids: list[int]) -> str:
 
 # on disk ---------------------------------------------------------------------------------------------------------
 
-def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view: str, candidate_view: str) -> Judge:
+def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view: str, candidate_view: str,
+               blind: bool = False) -> Judge:
     """A frozen judge from a transformers folder or hub id of one of the FAMILIES; others are refused unread."""
     try:
         config = AutoConfig.from_pretrained(source)
@@ -293,7 +298,7 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
         processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = model.to(device).eval().requires_grad_(False)
-        return Judge(model, tokenizer, processor, lr_view, candidate_view, device)
+        return Judge(model, tokenizer, processor, lr_view, candidate_view, device, blind)
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
         nowhere = "" if Path(source).exists() else ", and there is no such folder"
         fail(f"model {source}: cannot be loaded{nowhere} ({error}); give the folder of a finished stage 02, or a "
@@ -326,7 +331,8 @@ def save_judge(judge: Judge, folder: Path, *, base: str | Path) -> None:
     run.write_json(folder / "judge.json", {
         "base": str(Path(base).relative_to(folder.parent) if inside else base), "base_inside": inside,
         "dtype": str(judge.net.dtype).removeprefix("torch."), "lr_view": judge.lr_view,
-        "candidate_view": judge.candidate_view, "max_pixels": judge.processor.size["longest_edge"],
+        "candidate_view": judge.candidate_view, "blind": judge.blind,
+        "max_pixels": judge.processor.size["longest_edge"],
         "prompt_version": PROMPT_VERSION, "adapter": isinstance(judge.model, PeftModel),
         "prompt": judge.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)})
 
@@ -352,7 +358,7 @@ def load_judge(path: str | Path, device: torch.device) -> Judge:
              f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
     base = path / facts["base"] if facts["base_inside"] else facts["base"]
     judge = load_model(base, device, dtype=facts["dtype"], lr_view=facts["lr_view"],
-                       candidate_view=facts["candidate_view"])
+                       candidate_view=facts["candidate_view"], blind=facts.get("blind", False))
     judge.processor.size["longest_edge"] = facts["max_pixels"]
     if facts["adapter"]:
         try:

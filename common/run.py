@@ -88,7 +88,7 @@ def open_stage(settings, script: str, folder: Path | None = None, *, free: tuple
     Exits with status 0 if the stage is finished, unless told to go on, and with one line if its folder was made with
     other settings. `run` may differ, as the folder may have been moved, and so may `free`: memory, use of the results.
     """
-    another, stem = "out" if folder else "run", Path(script).stem
+    another, stem = "out" if folder and hasattr(settings, "out") else "run", Path(script).stem
     folder = folder or Path(settings.run) / stem
     record, finished = folder / "config.yaml", (folder / "manifest.json").exists()
     begun = record.exists() and any(path.name not in ("config.yaml", ".lock") for path in folder.iterdir())

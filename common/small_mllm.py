@@ -17,7 +17,8 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *mllm.IMAGE_TOK
 
 
 def build_small(groups: list[list[np.ndarray]], device: torch.device, *, seed: int, width: int, depth: int, heads: int,
-                vision_width: int, vision_depth: int, max_pixels: int, lr_view: str, candidate_view: str) -> Judge:
+                vision_width: int, vision_depth: int, max_pixels: int, lr_view: str, candidate_view: str,
+                blind: bool = False) -> Judge:
     """
     A judge around a Qwen2.5-VL with random weights; groups: images [LR, candidate, ..] to whiten on.
 
@@ -46,7 +47,7 @@ def build_small(groups: list[list[np.ndarray]], device: torch.device, *, seed: i
     processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=2, size=dict(shortest_edge=4 * PATCH**2, longest_edge=max_pixels),
         image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    judge = Judge(model.to(device), tokenizer, processor, lr_view, candidate_view, device)
+    judge = Judge(model.to(device), tokenizer, processor, lr_view, candidate_view, device, blind)
     whiten_patches(judge, groups)
     return judge
 

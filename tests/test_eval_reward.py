@@ -3,8 +3,10 @@ Stage 03: every scorer is what its name says, its numbers are those of plain loo
 
 Run     python -m pytest tests/test_eval_reward.py      # 1 min, most of it a toy run of 01 and 02
 """
+import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from common.groups import group_images, load_groups
 from common.images import read_image
 from common.metrics import AXES
 from common.replies import sample_replies
+from common.training import adapter_off
 from conftest import build_judge, load_stage, make_images, run_stage
 
 CPU = torch.device("cpu")
@@ -25,15 +28,17 @@ CPU = torch.device("cpu")
 
 def copy_run(source: Path, target: Path) -> Path:
     """A new run folder with the finished stages 01 and 02 of another."""
-    for stem in ("01_build_dataset", "02_train_reward"):
-        shutil.copytree(source / stem, target / stem)
+    for folder in (source / "01_build_dataset", *source.glob("02_train_reward*")):
+        shutil.copytree(folder, target / folder.name)
     return target
 
 
 @pytest.fixture(scope="module")
 def evaluated(toy_run, toy_config, tmp_path_factory) -> Path:
-    """The run folder of toy_run with 03 done by one process."""
+    """The run folder of toy_run with a judge trained without LR, and 03 done by one process."""
     folder = copy_run(toy_run, tmp_path_factory.mktemp("eval") / "run")
+    stage = load_stage("02")
+    stage.main(load_config(stage.Config, stage.__file__, [str(toy_config), f"run={folder}", "blind=true"]))
     done = run_stage("03", toy_config, f"run={folder}")
     assert done.returncode == 0, done.stderr
     return folder
@@ -64,7 +69,8 @@ def test_what_03_leaves_behind(evaluated):
     assert set(manifest["results"]) == {
         "pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
         "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
-        "consistency_accuracy", "naturalness_accuracy", "consistency_lr_psnr", "naturalness_sharpness",
+        "consistency_accuracy", "naturalness_accuracy", "consistency_lr_blind", "naturalness_lr_blind",
+        "consistency_lr_psnr", "naturalness_sharpness",
         "rater_agreement", "sampled_accuracy", "parse_rate", "digit_mass",
         "images_per_second", "probe_rate", "probe_rate_ci95", "held_out_method_accuracy"}
     assert set(results["accuracy"]) == set(stage.SCORERS) and results["notes"] == []
@@ -141,33 +147,56 @@ def test_a_test_split_alone_with_labels_of_people_on_one_axis_and_no_ground_trut
 
 # scorers ---------------------------------------------------------------------------------------------------
 
-def test_every_scorer_is_what_its_name_says(toy_run):
-    stage, source = load_stage("03"), toy_run / "01_build_dataset"
-    judge = mllm.load_judge(toy_run / "02_train_reward", CPU)
-    groups = stage.load_labeled(source)[0]
-    measured, seconds = stage.measure(judge, judge, source, groups, seed=0, batch=3, crop=0, limit=0)
-    assert measured.shape == (8, 4, len(stage.MEASURED), 3) and seconds > 0
-    column = {name: measured[:2, :, i] for i, name in enumerate(stage.MEASURED)}
+def test_every_scorer_is_what_its_name_says(evaluated):
+    stage, source, folder = load_stage("03"), evaluated / "01_build_dataset", evaluated / "02_train_reward"
+    judge, settings = mllm.load_judge(folder, CPU), run.settings_of(folder, folder.name)
+    groups = load_groups(source, "test")
+    rivals = dict(stage.other_judges(judge, folder, settings, stage.blind_judge(folder, settings)))
+    others, blind = stage.other_groups(groups, 0), rivals["lr_blind"]
     lrs, images, hrs = zip(*(group_images(source, group) for group in groups[:2]))
-    wrong = [group_images(source, group)[0] for group in stage.other_groups(groups, 0)[:2]]
-    base = mllm.load_model(toy_run / "02_train_reward" / "cold_start" / "model", CPU, dtype="float32",
-                           lr_view=judge.lr_view, candidate_view=judge.candidate_view)
-    for name, wanted in (("judge", mllm.expected_scores(judge, lrs, images)),
-                         ("lr_shuffled", mllm.expected_scores(judge, wrong, images)),
-                         ("lr_gray", mllm.expected_scores(judge, [0 * lr + 128 for lr in lrs], images)),
-                         ("before_grpo", mllm.expected_scores(base, lrs, images))):
-        torch.testing.assert_close(column[name], wanted.double(), rtol=0, atol=1e-5)
-    first = stage.judge_before_grpo(base, toy_run / "02_train_reward", {"cold_start_steps": 5, "dtype": "float32"})
+    wrong = [group_images(source, group)[0] for group in others[:2]]
+    base = mllm.load_model(folder / "cold_start" / "model", CPU, dtype="float32", lr_view=judge.lr_view,
+                           candidate_view=judge.candidate_view)
+    assert blind.blind and not judge.blind
+    for name, by, shown, wanted in (
+            ("judge", judge, groups, mllm.expected_scores(judge, lrs, images)),
+            ("lr_shuffled", judge, others, mllm.expected_scores(judge, wrong, images)),
+            ("before_grpo", rivals["before_grpo"], groups, mllm.expected_scores(base, lrs, images)),
+            ("lr_blind", blind, groups, mllm.expected_scores(
+                replace(blind, blind=False), [np.full_like(lr, 128) for lr in lrs], images))):
+        with adapter_off(by.model) if name == "before_grpo" else contextlib.nullcontext():
+            scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
+        assert scores.shape == (8, 4, 3) and seconds > 0
+        torch.testing.assert_close(scores[:2], wanted.double(), rtol=0, atol=1e-5)
+    first = stage.judge_before_grpo(base, folder, {"cold_start_steps": 5, "dtype": "float32"})
     assert first.model is not base.model        # without an adapter the cold start's model is read again
+    pixels = stage.measure_pixels(source, groups)
     for g, (lr, hr) in enumerate(zip(lrs, hrs)):
         for c, image in enumerate(images[g]):
-            assert column["psnr"][g, c].tolist() == [metrics.psnr(image, hr)] * 3
-            assert column["ssim"][g, c, 1] == metrics.ssim(image, hr)
-            assert column["lr_psnr"][g, c, 2] == metrics.lr_psnr(image, lr, 4)
+            wanted = [metrics.psnr(image, hr), metrics.ssim(image, hr), metrics.lr_psnr(image, lr, 4)]
+            assert pixels[g, c, :3].tolist() == wanted
     flat, dots = np.full((8, 8, 3), 90, np.uint8), np.zeros((8, 8, 3), np.uint8)
     dots[::2, ::2] = 255
     assert stage.pixel_scores(flat, flat[:2, :2], None, scale=4)[3] < 1e-9
     assert stage.pixel_scores(dots, dots[:2, :2], None, scale=4)[3] > 1e4
+
+
+def test_a_judge_trained_without_lr_never_sees_it_and_is_refused_if_it_learned_otherwise(evaluated, tmp_path, capsys):
+    folder, stage = evaluated / "02_train_reward", load_stage("03")
+    blind, settings = mllm.load_judge(evaluated / "02_train_reward_blind", CPU), run.settings_of(folder, folder.name)
+    first, second = make_images(0), make_images(1)
+    capsys.readouterr()                                                                 # transformers' progress bar
+    assert torch.equal(*(mllm.expected_scores(blind, [lr], [first[1:]]) for lr in (first[0], second[0])))
+    assert stage.blind_judge(tmp_path / folder.name, settings) is None                  # there is none
+    both = copy_run(evaluated, tmp_path)
+    for spoil, words in ((settings | {"steps": 6}, "steps 6 and 5"), (settings, "on other data")):
+        if spoil == settings:
+            manifest = run.read_json(both / "02_train_reward_blind" / "manifest.json")
+            run.write_json(both / "02_train_reward_blind" / "manifest.json", manifest | {"inputs": {}})
+        with pytest.raises(SystemExit):
+            stage.blind_judge(both / folder.name, spoil)
+        error = capsys.readouterr().err
+        assert words in error and f"run={both} blind=true" in error and error.count("\n") == 1
 
 
 def test_the_wrong_lr_and_the_foreign_photograph_are_of_another_photograph_where_possible():
