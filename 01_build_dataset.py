@@ -1,7 +1,7 @@
 """
 Build the preference data set: photographs -> crops -> LR images -> several SR candidates per LR -> rankings.
 
-Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 1.4 min
+Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 7 min
         python 01_build_dataset.py configs/demo.yaml hr_dir=/my/photographs run=runs/mine
         python 01_build_dataset.py configs/demo.yaml annotate=true           # then people compare candidates
         python 01_build_dataset.py configs/demo.yaml labels=human            # and what they said becomes the labels
@@ -10,14 +10,15 @@ Reads   photographs (hr_dir), LR-only images (lr_dir), or a preference set that 
         SR programs (candidates)
 Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/  candidates/  skipped.jsonl
                                   contact_sheet.png (look at it)
+                                  base/ (base_steps: the SR policy whose samples are candidates, and 04's start)
                                   config.yaml  manifest.json (how many labels, what names alone explain)
                                   judgements.jsonl  annotation_report.md (if people judge)
-Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.67 of the test pairs right.
+Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.91 of the test pairs right.
 
 The labels are a PROXY for human preference, computed with the ground truth (common/metrics.py): consistency
-compares the down-sampled candidate with the down-sampled HR image; naturalness compares the amount of local
-detail with the natural image that the candidate was made from, before a fault was added; overall is their
-geometric mean.
+compares the down-sampled candidate with the down-sampled HR image; naturalness compares the local detail with the
+natural image that the candidate was made from, before a fault was added; overall is the lower of consistency and
+the same comparison of detail with the HR image.
 """
 import contextlib
 import hashlib
@@ -40,18 +41,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import annotate, candidates, degrade, dist, imports, metrics, run, sources
+from common import annotate, base_policy, candidates, degrade, dist, imports, metrics, run, sources
 from common.config import fail, load_config, nearest
 from common.groups import SPLITS, all_groups, label_arrays, method_prior
-from common.images import find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
+from common.images import TEXTURES, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
 MIN_ZOOM = 0.3333       # photographs are shrunk by a random factor of this to 1: many scales, few blurred pixels
 MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sky, all candidates look alike
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
+TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
 DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
-PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning; 0.67 is the demo
+PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "labels", "workers",
@@ -80,10 +82,11 @@ class Config:
     test_sources: list[str] = field(default_factory=list)   # the same for the test split
     val_fraction: float = 0.05          # part of the photographs, chosen by a hash of seed and name
     test_fraction: float = 0.1          # the same for the test split
-    # candidates: one entry each: hr, resample, inconsistent, unnatural (`a|b`: one of them by chance),
+    # candidates: one entry each: hr, resample, inconsistent, unnatural, base (`a|b`: one of them by chance),
     # folder:NAME=PATH (outputs of any SR program, matched by file name), hf:NAME=MODEL (id or path), perhaps followed
     # by ?seeds=2&steps=10+20&guidance=1+4 (all combinations, joined by + and not by commas); see common/sources.py
     candidates: list[str] = field(default_factory=lambda: list(sources.BUILT_IN))   # see above
+    base_steps: int = 0                 # training steps of the base policy (common/base_policy.py); 0: none
     hf_prompt: str = ""                 # what hf: pipelines with text are told; guidance above 1 needs one
     hf_batch: int = 1                   # LR images at once through an hf: model: memory and speed, and rounding
     tie_margin: float = 0.05            # of scores in 0..1; smaller differences share a rank: nobody would see them
@@ -108,7 +111,7 @@ class Config:
         for key in ("max_source_share", "val_fraction", "test_fraction", "tie_margin"):
             assert 0 <= vars(self)[key] <= 1, f"{key} should be in 0..1, got {vars(self)[key]}"
         least = {"train_groups": 1, "hf_batch": 1, "val_groups": 0, "test_groups": 0, "annotate_groups": 0,
-                 "workers": 0}
+                 "workers": 0, "base_steps": 0}
         for key, value in least.items():
             assert vars(self)[key] >= value, f"{key} should be {value} or more, got {vars(self)[key]}"
         assert self.annotate_show in (2, 4), f"annotate_show should be 2 or 4, got {self.annotate_show}"
@@ -118,6 +121,8 @@ class Config:
         for source in self.sources:
             assert not self.lr_dir or set(source.get("kinds", [])) <= {"resample"}, \
                 "candidates: hr, inconsistent and unnatural need ground truth, which lr_dir has not"
+            assert "base" not in source.get("kinds", []) or (self.hr_dir and self.base_steps), \
+                "candidates: base needs hr_dir, and base_steps above 0"
             assert self.hf_prompt or source.get("guidance", 1) <= 1, \
                 "candidates: guidance compares with an empty prompt, so it needs hf_prompt"
 
@@ -203,22 +208,24 @@ def split_sources(cfg: Config, names: list[str]) -> dict[str, str]:
     return splits | dict.fromkeys(free, "train")
 
 
-def shares(photographs: list[dict], count: int, cap: float) -> list[int]:
+def shares(photographs: list[dict], count: int, cap: float, textures: tuple[str, ...] = ()) -> list[int]:
     """
-    `count` groups over photographs [{source, area}], in proportion to the area; what a source has above the share
-    `cap` goes to the others (the cap is lifted to an equal share where there are few sources).
+    `count` groups over photographs [{source, area}], in proportion to the area; what a source has above its share goes
+    to the others. The share is `cap`, of `textures` TEXTURE_SHARE of it; all are lifted where there are few sources.
     """
     total = {}
     for photo in photographs:
         total[photo["source"]] = total.get(photo["source"], 0) + photo["area"]
     weight = {name: area / sum(total.values()) for name, area in total.items()}
-    cap = max(cap, 1 / max(1, len(total)))
+    caps = {name: cap * (TEXTURE_SHARE if name in textures else 1) for name in total}
+    lift = max(1, 1 / max(1e-9, sum(caps.values())))
+    caps = {name: lift * share for name, share in caps.items()}
     full = set()
-    while any(weight[name] > cap + 1e-9 for name in weight):
-        full |= {name for name in weight if weight[name] >= cap}
+    while any(weight[name] > caps[name] + 1e-9 for name in weight):
+        full |= {name for name in weight if weight[name] >= caps[name]}
         rest = sum(total[name] for name in weight if name not in full)
-        left = 1 - cap * len(full)
-        weight = {name: cap if name in full else left * total[name] / rest for name in weight}
+        left = 1 - sum(caps[name] for name in full)
+        weight = {name: caps[name] if name in full else left * total[name] / rest for name in weight}
     ends = np.cumsum([count * weight[p["source"]] * p["area"] / total[p["source"]] for p in photographs])
     return np.diff(np.round(ends), prepend=0).astype(int).tolist()
 
@@ -226,11 +233,12 @@ def shares(photographs: list[dict], count: int, cap: float) -> list[int]:
 def plan_groups(cfg: Config, photographs: list[dict]) -> list[dict]:
     """One {id, split, source, path, sha256, foreign} per LR image; foreign: id of a group to take content from."""
     splits, plan = split_sources(cfg, sorted({photo["source"] for photo in photographs})), []
+    textures = TEXTURES if cfg.hr_dir == "skimage" else ()
     for split, count in zip(SPLITS, (cfg.train_groups, cfg.val_groups, cfg.test_groups)):
         members = [photo for photo in photographs if splits[photo["source"]] == split]
         if count and not members:
             fail(f"{split}_groups={count}, but no picture is for {split}: raise {split}_fraction")
-        chosen = np.repeat(members, shares(members, count, cfg.max_source_share)).tolist()
+        chosen = np.repeat(members, shares(members, count, cfg.max_source_share, textures)).tolist()
         groups = [{"id": f"{split}_{number:05d}", "split": split, "source": photo["source"], "path": photo["path"],
                    "sha256": photo["sha256"]} for number, photo in enumerate(chosen)]
         for group in groups:
@@ -320,9 +328,13 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
 # candidates and labels -----------------------------------------------------------------------------------
 
 def make_outputs(cfg: Config, folder: Path, device: torch.device) -> None:
-    """SR images by hf: models; every rank calls this and makes its share."""
+    """The base policy, and SR images by hf: models; every rank calls this and makes its share."""
     dist.barrier()                                          # all LR images are there
-    names = [group["id"] for group in run.read_json(folder / "progress" / "plan.json")]
+    plan = run.read_json(folder / "progress" / "plan.json")
+    names = [group["id"] for group in plan]
+    if cfg.hr_dir and cfg.base_steps:
+        training = [group["id"] for group in plan if group["split"] == "train"]
+        base_policy.train(folder / "base", folder, training, steps=cfg.base_steps, seed=cfg.seed, device=device)
     sources.run_models(cfg.sources, folder, names, seed=cfg.seed, prompt=cfg.hf_prompt, batch=cfg.hf_batch,
                        device=device)
     dist.barrier()
@@ -340,7 +352,7 @@ def build_group(cfg: Config, job: dict) -> dict:
         source, path = cfg.sources[number], f"candidates/{name}_{index}.png"
         if "kinds" in source:
             kind = str(rng.choice(source["kinds"]))
-            image, natural, record = make_candidate(cfg, kind, rng, lr=lr, hr=hr, foreign=foreign)
+            image, natural, record = make_candidate(cfg, folder, kind, rng, lr=lr, hr=hr, foreign=foreign)
         else:
             image, natural = sources.read_output(job["outputs"][number], cfg.hr_size), hr
             record = sources.record(source)
@@ -348,8 +360,9 @@ def build_group(cfg: Config, job: dict) -> dict:
         records.append({"id": f"{name}_{index}", "path": path} | record)
         if hr is not None:
             consistency = metrics.proxy_consistency(image, hr, lr)
-            naturalness = 1.0 if image is natural else metrics.proxy_naturalness(image, natural)
-            for axis, score in zip(AXES, (consistency, naturalness, math.sqrt(consistency * naturalness))):
+            naturalness = 1.0 if image is natural else metrics.detail_score(image, natural)
+            overall = min(consistency, metrics.detail_score(image, hr))
+            for axis, score in zip(AXES, (consistency, naturalness, overall)):
                 scores[axis].append(round(score, 4))
     labels = {axis: {"ranks": metrics.ranks(values, cfg.tie_margin), "scores": values, "source": "proxy",
                      "votes": None} for axis, values in scores.items() if values}
@@ -360,15 +373,18 @@ def build_group(cfg: Config, job: dict) -> dict:
             "labels": labels, "sha256": {file: run.sha256(folder / file) for file in files}}
 
 
-def make_candidate(cfg: Config, kind: str, rng: np.random.Generator, *, lr: np.ndarray, hr: np.ndarray | None,
-                   foreign: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, dict]:
+def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generator, *, lr: np.ndarray,
+                   hr: np.ndarray | None, foreign: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """(candidate, the natural image that it was made from, record); images uint8 [H, W, 3]."""
     image = None if hr is None else to_float(hr)
     if kind == "hr":
         return hr, hr, {"method": "hr", "strength": 0.0}
     if kind == "resample":
-        image, record = candidates.resampled(to_float(lr), (cfg.hr_size, cfg.hr_size), rng, hr=image)
+        image, record = candidates.resampled(to_float(lr), (cfg.hr_size, cfg.hr_size), rng)
         return to_uint8(image), hr, record
+    if kind == "base":
+        image, record = base_policy.candidate(folder / "base", lr, rng)
+        return image, hr, record
     if kind == "unnatural":
         image, record = candidates.unnatural(image, cfg.scale, rng)
         return to_uint8(image), hr, record
@@ -573,7 +589,7 @@ def main(cfg: Config) -> None:
         cut = run_jobs(pool, partial(cut_photograph, cfg), jobs, progress / "crops.jsonl")
         drawn = {name: facts for result in cut.values() for name, facts in result.items()}
 
-        # 3. candidates of pretrained models, on all ranks
+        # 3. the base policy and candidates of pretrained models, on all ranks
         make_outputs(cfg, folder, device)
 
         # 4. candidates and labels: one job per group; first a few, to look at while the rest is made

@@ -1,17 +1,18 @@
 """
 Improve a super-resolution diffusion policy with GRPO, scored by the reward model of stage 02.
 
-The policy is a small UNet, first trained from nothing on the training photographs (the cold start, made once), or a
-published diffusion model (`policy`, `model`). One step of GRPO:
+The policy is the base policy of 01, or a published diffusion model (`policy`, `model`). One step of GRPO:
 
     roll out      K samples of each of G LR images; W denoising steps add noise, the others are an ODE
     score         the judge's expected score, and LR-PSNR, which guards against a judge that is fooled
-    advantages    both are z-scored inside the K samples of an LR image (a group) and summed
+    advantages    scores are z-scored inside the K samples of an LR image (a group); every dB of LR-PSNR below the
+                  floor costs guard_weight. The floor is about what the ground truth has: more likeness earns nothing
     learn         the clipped loss of the W random steps, and a KL to the policy before GRPO
 
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
-become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR or the held-out
-judge (the proxy label, which sees the ground truth) fell below the start by more than is allowed. The best are kept.
+become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
+floor, or the held-out judge (the proxy label, which sees the ground truth) fell by more than is allowed. The best are
+kept.
 
 What is left out of GRPO here: CFG (1 in rollout and training: half the cost, nothing to distill); the first latent as
 an action (no signal is left in it, and the group shares it); with one update per rollout, the importance ratio (it is
@@ -19,17 +20,16 @@ exactly 1; the clip then never acts).
 
 Run     python 04_train_sr_grpo.py configs/demo.yaml
         torchrun --standalone --nproc_per_node=8 04_train_sr_grpo.py configs/full.yaml
-Reads   <run>/01_build_dataset/   groups.jsonl, LR and HR images
+Reads   <run>/01_build_dataset/   groups.jsonl, LR and HR images, base/
         <run>/02_train_reward/    judge/ (or the judge of another run, see `judge`)
-Writes  <run>/04_train_sr_grpo/   cold_start/ (policy before GRPO)  policy/ (after: UNet2DModel, sampler.json;
+Writes  <run>/04_train_sr_grpo/   base/ (policy before GRPO)  policy/ (after: UNet2DModel, sampler.json, regressor;
                                   of a published model: the diffusers pipeline, LoRA by itself, a pointer before)
                                   samples/ (LR | before | now | HR)  metrics.jsonl  checkpoints/  manifest.json
 Expect  demo: see the table in README.md
 """
 import copy
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,16 +43,15 @@ from common.config import fail, load_config
 from common.dist import mine
 from common.groups import image_batch, load_groups, pick, require_enough, require_one_size, shown_sizes
 from common.grpo import gaussian_kl, group_advantages, grpo_loss
-from common.images import sheet, to_pixels, turn, write_png
+from common.images import sheet, to_pixels, write_png
 from common.sr_pipelines import PIPELINES, Published
 from common.sr_policy import Policy, Rollout, SAMPLERS
-from common.training import (Weights, adapter_off, average, copied, count_bad_steps, drop_checkpoints, resume,
-                             save_checkpoint, swapped, trainable, update)
+from common.training import (Weights, adapter_off, average, copied, count_bad_steps, resume, save_checkpoint, swapped,
+                             trainable, update)
 
-COLD_START_EMA = 0.99               # decay per step of the averaged weights of the cold start
 MAX_GRAD_NORM = 1.0                 # gradients are clipped to this norm
 ADVANTAGE_CLIP = 5.0                # standard deviations
-FIDELITY_STD_FLOOR = 0.02           # dB: LR-PSNRs of a group that spread less are z-scored over this
+FLOOR_IMAGES, FLOOR_SLACK = 500, 1.0    # LR-PSNR floor: median of the ground truth of so many images, less dB
 SHEET_ROWS = 8                      # of samples/step_*.png
 
 
@@ -62,17 +61,13 @@ class Config:
     seed: int = 0
     judge: str | None = None            # stage-02 folder of another run, or a model folder; none: <run>/02_train_reward
     # policy ------------------------------------------------------------------------------------------------
-    policy: str = "pixel"               # pixel: a UNet of our own, made by the cold start; ldm, upscaler, sd3: `model`
-    model: str = ""                     # of these: hub id or folder of the diffusers pipeline, safetensors only
+    policy: str = "pixel"               # pixel: the base policy of 01; ldm, upscaler, sd3: `model`
+    model: str = ""                     # of these: hub id or folder of the pipeline, safetensors only; pixel: a folder
     controlnet: str = ""                # sd3: hub id or folder of the tile ControlNet, if `model` does not hold one
     noise_level: int = 20               # upscaler: noise added to LR, as a time step of its training
     prompt: str = ""                    # upscaler, sd3: text that the network gets with every image, without guidance
-    denoise_steps: int = 5              # T, divides 1000 (not so for sd3)
-    channels: list[int] = field(default_factory=lambda: [32, 64])   # pixel: of the UNet's levels, multiples of 32
-    # cold start (pixel) ------------------------------------------------------------------------------------
-    cold_start_steps: int = 1200        # optimizer steps on LR/HR pairs
-    cold_start_batch: int = 16          # LR/HR pairs per step, over all GPUs: changes the result
-    cold_start_lr: float = 2e-3         # AdamW
+    denoise_steps: int = 4              # T, divides 1000 (not so for sd3)
+    gain: float = 0.25                  # pixel: share of the drawn detail that is added to the regressor's image
     # GRPO --------------------------------------------------------------------------------------------------
     steps: int = 60                     # GRPO steps
     inputs_per_step: int = 8            # LR images (G), over all GPUs: changes the result
@@ -86,42 +81,39 @@ class Config:
     eta: float = 1.0                    # their noise, see common/sr_policy.py; ddim at 1: as the forward process
     lr: float = 2e-3                    # AdamW
     warmup_steps: int = 10              # until lr is reached: Adam's first steps are mostly noise
-    lora_rank: int = 16                 # 0: train all weights; the reference is then a frozen copy
-    lora_alpha: int = 32                # LoRA's scale is lora_alpha / lora_rank
+    lora_rank: int = 4                  # 0: train all weights; the reference is then a frozen copy
+    lora_alpha: int = 8                 # LoRA's scale is lora_alpha / lora_rank
     clip_range: float = 1e-4            # of the ratio; small, as a log-probability here is a mean over C h w elements
-    kl_weight: float = 0.01             # KL between the means of the steps, to the policy before GRPO
+    kl_weight: float = 1e-4             # KL between the means of the steps, to the policy before GRPO
     ema: float = 0.9                    # decay per step of the averaged weights, which are evaluated and kept
     ratio_tolerance: float = 1e-5       # |log ratio| of untrained samples beyond which the run does not start
     # reward ------------------------------------------------------------------------------------------------
     weight_consistency: float = 0.0     # of the judge's three axes in its score
     weight_naturalness: float = 0.0     # see above
     weight_overall: float = 1.0         # see above
-    guard_weight: float = 1.5           # of the z-scored LR-PSNR; the z-scored judge has 1
+    guard_weight: float = 1.0           # per dB of LR-PSNR below the floor; the z-scored judge has 1
     std_floor: float = 1e-3             # digits; groups whose scores spread less are left out of the update
     crop: int = 0                       # px of SR that the judge sees at once; 0: the whole image
     crops_per_image: int = 4            # at most, evenly spread; the score is their mean
     # evaluation --------------------------------------------------------------------------------------------
     eval_every: int = 5                 # GRPO steps between evaluations, and candidates for the best
     eval_inputs: int = 60               # LR images of the val split, one fixed seed each
-    max_lr_psnr_drop: float = 0.3       # dB below the start beyond which weights cannot become the best
-    max_heldout_drop: float = 0.0       # likewise for the held-out judge: the proxy, which sees the ground truth
-    save_every: int = 10                # steps between checkpoints; 20 times as many in the cold start
+    max_heldout_drop: float = 0.0       # of the held-out judge (the proxy, which sees the ground truth): a veto
+    save_every: int = 10                # steps between checkpoints
 
     def __post_init__(self):
         for key in ("noise_level", "steps", "window_start", "warmup_steps", "lora_rank", "clip_range", "kl_weight",
                     "ratio_tolerance", "std_floor", "crop"):
             assert vars(self)[key] >= 0, f"{key}={vars(self)[key]}: should be at least 0"
-        for key in ("denoise_steps", "cold_start_steps", "cold_start_batch", "inputs_per_step", "samples_per_gpu",
-                    "updates_per_rollout", "window_width", "lora_alpha", "crops_per_image", "eval_every",
-                    "eval_inputs", "save_every"):
+        for key in ("denoise_steps", "inputs_per_step", "samples_per_gpu", "updates_per_rollout", "window_width",
+                    "lora_alpha", "crops_per_image", "eval_every", "eval_inputs", "save_every"):
             assert vars(self)[key] >= 1, f"{key}={vars(self)[key]}: should be at least 1"
         assert self.samples_per_input >= 2, f"samples_per_input={self.samples_per_input}: should be at least 2"
-        for key in ("lr", "cold_start_lr"):
+        for key in ("lr", "gain"):
             assert vars(self)[key] > 0, f"{key}={vars(self)[key]}: should be above 0"
         assert 0 <= self.ema < 1, f"ema={self.ema}: should be from 0 to below 1"
         assert self.policy in ("pixel", *PIPELINES), f"policy={self.policy}: should be pixel, {', '.join(PIPELINES)}"
-        assert bool(self.model) == (self.policy != "pixel"), \
-            f"model={self.model!r}: policy={self.policy} needs {'none' if self.model else 'one'}"
+        assert self.model or self.policy == "pixel", f"model={self.model!r}: policy={self.policy} needs one"
         assert not self.controlnet or self.policy == "sd3", f"controlnet={self.controlnet}: policy=sd3 alone has one"
         assert not self.prompt or self.policy in ("upscaler", "sd3"), \
             f"prompt={self.prompt}: only policy=upscaler and sd3 read one"
@@ -132,73 +124,34 @@ class Config:
         assert self.sampler in SAMPLERS, f"sampler={self.sampler}: should be {', '.join(SAMPLERS)}"
         assert 0 < self.eta <= (float("inf") if self.sampler == "sde" else 1), \
             f"eta={self.eta}: should be above 0, and at most 1 for ddim and cps"
-        assert self.channels and all(width > 0 and width % 32 == 0 for width in self.channels), \
-            f"channels={self.channels}: each should be a multiple of 32"
 
 
-# cold start ------------------------------------------------------------------------------------------------------
+# the policy before GRPO ------------------------------------------------------------------------------------------
 
-def cold_start(cfg: Config, folder: Path, *, source: Path, groups: list[dict], device: torch.device) -> None:
-    """Train the small policy from nothing, or from its newest checkpoint on; its averaged weights go to `folder`."""
-    folder.mkdir(exist_ok=True)
-    dist.barrier()                                              # every rank has seen that it is not done
-    some = [groups[i] for i in sorted(run.np_rng(cfg.seed, "fit").permutation(len(groups))[:1000])]
-    policy = sr_policy.new_policy(image_batch(source, some, "hr"), image_batch(source, some, "lr"), seed=cfg.seed,
-                                  steps=cfg.denoise_steps, channels=cfg.channels).to(device)
-    weights = trainable(policy.unet)
-    averaged = copied(weights)
-    optimizers = {"adamw": torch.optim.AdamW(weights.values(), betas=(0.9, 0.99), weight_decay=0.01)}
-    first, _ = resume(folder, named(policy=weights, averaged=averaged), optimizers)
-    run.trim_metrics(folder, first)
-    for step in tqdm(range(first, cfg.cold_start_steps), "cold start", initial=first, total=cfg.cold_start_steps,
-                     disable=not dist.is_main()):
-        decay = (1 + math.cos(math.pi * step / cfg.cold_start_steps)) / 2
-        optimizers["adamw"].param_groups[0]["lr"] = cfg.cold_start_lr * min(1, (step + 1) / 50) * decay
-        loss = cold_start_loss(policy, cfg, source, groups=groups, step=step)
-        loss.backward()
-        norm, skipped = update(weights, optimizers, MAX_GRAD_NORM)
-        if skipped:
-            fail(f"{folder}: step {step} has no finite gradient; lower cold_start_lr in a new run=")
-        average(averaged, weights, min(COLD_START_EMA, (step + 1) / (step + 10)))
-        if step % 10 == 0:
-            report.log(folder, step, {"loss": dist.all_sum(loss), "grad_norm": norm})
-        if (step + 1) % (20 * cfg.save_every) == 0:             # fast steps
-            save_checkpoint(folder, step + 1, weights=named(policy=weights, averaged=averaged), optimizers=optimizers,
-                            state={})
+def start_policy(cfg: Config, folder: Path, *, source: Path, scale: int) -> None:
+    """Write the policy before GRPO to `folder`: the base policy of 01 at these settings, or a pointer to a model."""
+    if cfg.policy != "pixel":
+        return sr_pipelines.point_to(folder, Published(cfg.policy, cfg.model, scale, cfg.denoise_steps, cfg.noise_level,
+                                                       cfg.controlnet, cfg.prompt))
+    place = Path(cfg.model) if cfg.model else source / "base"
+    if not (place / "sampler.json").exists():
+        fail(f"policy: {place} holds no policy: build the set with base_steps above 0, or name the base/ of another "
+             "run (model=) or a published policy (policy=, model=)")
+    base = sr_policy.load_small(place, torch.device("cpu"))
+    if base.sampler.scale != scale:
+        fail(f"policy: {place} enlarges by {base.sampler.scale}, the images of {source} need {scale}: name another")
     if dist.is_main():
-        report.write_curves(folder)
-        with swapped(weights, averaged):
-            policy.save(folder)                                 # its last file, sampler.json, says "done"
+        folder.mkdir(exist_ok=True)
+        sr_policy.with_sampling(base, steps=cfg.denoise_steps, gain=cfg.gain).save(folder)
     dist.barrier()
 
 
-def cold_start_loss(policy: Policy, cfg: Config, source: Path, *, groups: list[dict], step: int) -> Tensor:
-    """This rank's part of the mean squared error of v over the batch: the parts of all ranks sum to it."""
-    size, device = cfg.cold_start_batch, policy.signal.device
-    chosen = run.np_rng(cfg.seed, "cold start", step).integers(len(groups), size=size)
-    shift = torch.rand(size, generator=run.generator(cfg.seed, "cold start time", step))
-    rows = mine(list(range(size)))
-    if not rows:
-        return torch.zeros((), device=device, requires_grad=True)
-    batch = [groups[chosen[row]] for row in rows]
-    lr, hr = (turn(image_batch(source, batch, key).to(device), step % 8) for key in ("lr", "hr"))
-    clean = policy.encode(hr, lr)                                                               # [B, C, h, w]
-    noise = sr_policy.draw_noise([(cfg.seed, "cold start", step, row) for row in rows], clean.shape[1:], device)
-    time = ((torch.tensor(rows) + shift[rows]) / size * len(policy.signal)).long().to(device)   # [B] stratified
-    time = time.clamp(max=len(policy.signal) - 1)                       # float32 may round to the end itself
-    signal = policy.signal[time][:, None, None, None]
-    v = signal.sqrt() * noise - (1 - signal).sqrt() * clean
-    error = policy.velocity(signal.sqrt() * clean + (1 - signal).sqrt() * noise, time, lr) - v
-    return error.square().sum() / (size * clean[0].numel())
-
-
-def check_cold_start(cfg: Config, folder: Path) -> None:
-    """Stop if the cold start in `folder`, perhaps copied from another run, is not what the settings ask for."""
-    network, sampler = run.read_json(folder / "config.json"), run.read_json(folder / "sampler.json")
-    for key, value in (("channels", network.get("block_out_channels")), ("denoise_steps", sampler.get("steps"))):
-        if vars(cfg)[key] != value:
-            fail(f"{folder} was made with {key}={value}, the setting is {vars(cfg)[key]}: give the former, or delete "
-                 "this folder so that it is trained anew")
+def lr_psnr_floor(source: Path, groups: list[dict]) -> float:
+    """dB: median LR-PSNR of the ground truth of up to FLOOR_IMAGES training groups, less FLOOR_SLACK."""
+    some = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, FLOOR_IMAGES).astype(int))]
+    pairs = ([to_pixels(image_batch(source, [group], key))[0] for key in ("hr", "lr")] for group in some)
+    values = [metrics.lr_psnr(hr, lr, len(hr) // len(lr)) for hr, lr in pairs]
+    return float(np.median(values)) - FLOOR_SLACK
 
 
 def named(**parts: Weights) -> Weights:
@@ -247,16 +200,19 @@ def score(judge: mllm.Judge, cfg: Config, lr: Tensor, sr: Tensor) -> tuple[Tenso
     return torch.where(finite, judged, torch.nan), torch.where(finite, fidelity, torch.nan)
 
 
-def advantages_of(cfg: Config, judged: Tensor, fidelity: Tensor) -> tuple[Tensor, Tensor]:
+def advantages_of(cfg: Config, judged: Tensor, fidelity: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """
     Advantages [g, K] of scores and LR-PSNRs [g, K], and whether the judge tells a group's samples apart [g].
 
+    Scores are z-scored in the group. What LR-PSNR lacks to the floor (dB) is weighed as it is, less the group's mean.
     A group whose scores hardly differ gets 0, as does a sample for which one of the two is not finite.
     """
     valid = judged.isfinite() & fidelity.isfinite()
     judged, fidelity = (torch.where(valid, rewards, torch.nan) for rewards in (judged, fidelity))
     useful = spread(judged) > cfg.std_floor
-    total = group_advantages(judged) + cfg.guard_weight * group_advantages(fidelity, std_floor=FIDELITY_STD_FLOOR)
+    guard = (fidelity - floor).clamp(max=0)
+    guard = (guard - guard.nanmean(1, keepdim=True)).nan_to_num()
+    total = group_advantages(judged) + cfg.guard_weight * guard
     return total.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) * useful[:, None], useful
 
 
@@ -361,9 +317,10 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
     return dict(zip(("val_reward", "val_lr_psnr", "val_heldout"), values)), to_pixels(dist.gather_rows(sr))
 
 
-def is_best(cfg: Config, values: dict[str, float], *, start: dict[str, float], best: dict[str, float]) -> bool:
-    """Whether an evaluation has the highest score so far and neither veto; NaN never has."""
-    faithful = values["val_lr_psnr"] >= start["val_lr_psnr"] - cfg.max_lr_psnr_drop
+def is_best(cfg: Config, values: dict[str, float], *, start: dict[str, float], best: dict[str, float],
+            floor: float) -> bool:
+    """Whether an evaluation has the highest score so far and neither veto; NaN never has. floor: of LR-PSNR, dB."""
+    faithful = values["val_lr_psnr"] >= floor
     not_fooled = values["val_heldout"] >= start["val_heldout"] - cfg.max_heldout_drop
     return faithful and not_fooled and values["val_reward"] > best["val_reward"]
 
@@ -399,29 +356,23 @@ def main(cfg: Config) -> None:
     require_one_size(source, train + val)
     require_enough(len(train), inputs_per_step=cfg.inputs_per_step)
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
-    if min(cfg.inputs_per_step, cfg.cold_start_batch, len(fixed)) < dist.world_size():
-        fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step}, "
-             f"cold_start_batch={cfg.cold_start_batch} or the {len(fixed)} validation images: start fewer")
+    if min(cfg.inputs_per_step, len(fixed)) < dist.world_size():
+        fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step} or the {len(fixed)} "
+             "validation images: start fewer")
+    floor = lr_psnr_floor(source, train)
     dist.print0(f"read {source}: {len(train)} training pairs; {len(fixed)} of {len(val)} validation images\n"
                 f"GRPO: {cfg.steps} steps of {cfg.inputs_per_step} x {cfg.samples_per_input} samples; "
-                f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained")
+                f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained\n"
+                f"LR-PSNR floor: {floor:.1f} dB")
     judge = mllm.load_judge(judged_by, device)
     mllm.check_sizes(judge, shown_sizes(source, train[:1], cfg.crop), "set crop= so")
 
     # 2. the policy before GRPO
-    cold = folder / "cold_start"
-    if cfg.policy != "pixel":
-        sr_pipelines.point_to(cold, Published(cfg.policy, cfg.model, train[0]["scale"], cfg.denoise_steps,
-                                              cfg.noise_level, cfg.controlnet, cfg.prompt))
-    elif (cold / "sampler.json").exists():
-        check_cold_start(cfg, cold)
-    else:
-        cold_start(cfg, cold, source=source, groups=train, device=device)
-    drop_checkpoints(cold)
-    policy, reference = with_reference(cfg, sr_pipelines.load_policy(cold, device))
+    start_policy(cfg, folder / "base", source=source, scale=train[0]["scale"])
+    policy, reference = with_reference(cfg, sr_pipelines.load_policy(folder / "base", device))
     start, before = evaluate(policy, judge, cfg, source=source, groups=fixed)
     if not all(np.isfinite(list(start.values()))):
-        fail(f"{folder}: the policy before GRPO scores {start}: look at cold_start/ and at the judge of 02")
+        fail(f"{folder}: the policy before GRPO scores {start}: look at base/ and at the judge of 02")
     write_sheet(folder / "samples" / "step_0000.png", source=source, groups=fixed, before=before, now=before)
 
     # 3. GRPO
@@ -441,7 +392,7 @@ def main(cfg: Config) -> None:
         times.append(dist.clock(device))
         judged, fidelity = score(judge, cfg, lr, torch.cat([rollout.images for rollout in rollouts]))
         times.append(dist.clock(device))
-        advantages, useful = advantages_of(cfg, judged, fidelity)
+        advantages, useful = advantages_of(cfg, judged, fidelity, floor)
         policy.train()
         if step == first:
             check_ratio(policy, cfg, rollouts)
@@ -461,7 +412,7 @@ def main(cfg: Config) -> None:
                 values, now = evaluate(policy, judge, cfg, source=source, groups=fixed)
             write_sheet(folder / "samples" / f"step_{done:04d}.png", source=source, groups=fixed, before=before,
                         now=now)
-            if is_best(cfg, values, start=start, best=state["best"]):
+            if is_best(cfg, values, start=start, best=state["best"], floor=floor):
                 state |= {"best": values, "best_step": done}
                 average(best, averaged, 0.0)
             row |= values
@@ -486,7 +437,7 @@ def main(cfg: Config) -> None:
         "reward_start": round(start["val_reward"], 4), "reward_end": round(end["val_reward"], 4),
         "lr_psnr_start": round(start["val_lr_psnr"], 3), "lr_psnr_end": round(end["val_lr_psnr"], 3),
         "heldout_start": round(start["val_heldout"], 4), "heldout_end": round(end["val_heldout"], 4),
-        "best_step": state["best_step"], "ratio_error_max": state["ratio_error"],
+        "lr_psnr_floor": round(floor, 3), "best_step": state["best_step"], "ratio_error_max": state["ratio_error"],
         "samples_per_second": round(samples / max(state["seconds"], 1e-9), 2)})
     dist.finish()
 

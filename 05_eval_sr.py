@@ -2,7 +2,7 @@
 Compare the super-resolution policy before and after GRPO on the test photographs, with the same noise.
 
 Reported are the reward that stage 04 optimized, fidelity (PSNR, SSIM, LR-PSNR), and a held-out judge that 04 did not
-optimize: the proxy label, sqrt(consistency * naturalness), which reads the ground truth (04 only drops checkpoints that
+optimize: the proxy label, min(consistency, detail), which reads the ground truth (04 only drops checkpoints that
 it finds worse, on validation photographs). Bicubic up-sampling and the ground truth are reference rows. Intervals are
 paired bootstraps over test images.
 
@@ -12,7 +12,7 @@ Run     python 05_eval_sr.py configs/demo.yaml
         python 05_eval_sr.py configs/demo.yaml lr_dir=my_photos out=restored/
         torchrun --standalone --nproc_per_node=8 05_eval_sr.py configs/full.yaml
 Reads   <run>/01_build_dataset/   the test split       <run>/02_train_reward/   judge/, or judge=
-        <run>/04_train_sr_grpo/   cold_start/ (before), policy/ (after), or policy=
+        <run>/04_train_sr_grpo/   base/ (before), policy/ (after), or policy=
         with lr_dir: your pictures and the policy; 01's groups and the judge if they are there, for scores
 Writes  <run>/05_eval_sr/         report.html (open it in a browser)  results.json  table.md  per_image.jsonl
                                   images/ (PNG)  manifest.json
@@ -42,12 +42,12 @@ LONGEST_WAIT = timedelta(days=2)    # of ranks that are done for the one with th
 VARIANTS = ("bicubic", "base", "tuned", "hr")       # what is compared; base: before GRPO, tuned: after
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
-    "heldout": ("held-out judge", "sqrt(consistency x naturalness), 0 to 1: the proxy label, which reads the "
+    "heldout": ("held-out judge", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the "
                 "ground truth. Stage 04 did not optimize it (on validation photographs, it drops checkpoints that "
                 "fall below the start); it should rise with the reward, or at least not fall"),
     "proxy_consistency": ("consistency", "first half of the held-out judge: agreement with the ground truth at "
                           "the size of LR, beyond what LR itself has wrong"),
-    "proxy_naturalness": ("naturalness", "second half: as much detail of each fineness, place by place, as in "
+    "proxy_naturalness": ("naturalness", "second half: the detail of each fineness, place by place, of "
                           "the ground truth. Blur and noise both lower it"),
     "psnr": ("PSNR, dB", "pixel by pixel likeness to the ground truth. It rewards blur"),
     "ssim": ("SSIM", "likeness of local structure to the ground truth, up to 1"),
@@ -98,12 +98,12 @@ def policy_folders(cfg: Config) -> dict[str, Path]:
     """base, tuned -> folder of a policy: those of a stage 04, or `policy` itself and this run's policy before GRPO."""
     stage = Path(cfg.policy or f"{cfg.run}/04_train_sr_grpo")
     if (stage / "sampler.json").exists():                               # a policy folder
-        return {"base": Path(cfg.run) / "04_train_sr_grpo" / "cold_start", "tuned": stage}
+        return {"base": Path(cfg.run) / "04_train_sr_grpo" / "base", "tuned": stage}
     if cfg.policy and not (stage / "manifest.json").exists():
         fail(f"policy: {stage} is neither the folder of a finished stage 04 (it has no manifest.json) nor that of a "
              "policy (it has no sampler.json)")
     run.require(stage.parent, stage.name)
-    return {"base": stage / "cold_start", "tuned": stage / "policy"}
+    return {"base": stage / "base", "tuned": stage / "policy"}
 
 
 def load_policies(folders: dict[str, Path], device: torch.device, scale: int = 0) -> dict[str, Policy]:

@@ -41,17 +41,10 @@ def smooth(image: np.ndarray, sigma: float) -> np.ndarray:
     return gaussian_filter(image, (sigma, sigma, 0), mode="reflect")
 
 
-def resampled(lr: np.ndarray, size: tuple[int, int], rng: np.random.Generator, *,
-              hr: np.ndarray | None = None) -> tuple[np.ndarray, dict]:
-    """
-    Classical up-scaling of the LR image [h, w, 3] to size (W, H), often followed by a filter. Where `hr` is
-    given, seven times in ten it is the HR image, shrunk by less than the scale, that is enlarged.
-    """
+def resampled(lr: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """Classical up-scaling of the LR image [h, w, 3] to size (W, H), often followed by a filter."""
     how, after = str(rng.choice(RESAMPLERS)), str(rng.choice(POST_FILTERS, p=(0.4, 0.2, 0.2, 0.2)))
-    strength, shrink = float(rng.random()), size[0] / lr.shape[1]
-    if hr is not None and rng.random() < 0.7:
-        shrink = amount(float(rng.random()), 1.2, shrink)
-        lr = resize(hr, (round(size[0] / shrink), round(size[1] / shrink)), "area")
+    strength = float(rng.random())
     image = resize(lr, size, how)
     if after == "unsharp":
         image = image + amount(strength, 0.3, 4) * (image - smooth(image, 2.0))
@@ -60,7 +53,7 @@ def resampled(lr: np.ndarray, size: tuple[int, int], rng: np.random.Generator, *
     elif after == "denoise":
         image = smooth(image, amount(strength, 0.5, 3))
     method, strength = (how, 0.0) if after == "none" else (f"{how}+{after}", strength)
-    return image.clip(0, 1), {"method": method, "strength": strength, "shrink": float(shrink)}
+    return image.clip(0, 1), {"method": method, "strength": strength}
 
 
 def median(image: np.ndarray, size: int) -> np.ndarray:

@@ -216,7 +216,7 @@ def restore_picture(folder: Path, picture: Picture, policies: dict[str, Policy],
     Write <variant>/<output> for each variant -> policy, and the picture's record last; False for a broken file.
 
     tile, overlap: LR px. batch: tiles at a time. color_fix: one of COLOR_FIXES; auto: none for the pixel policy, whose
-    color is bicubic's, else wavelet. The judge scores at most judge_crops crops of judge_side px of SR.
+    color is its regressor's, else wavelet. The judge scores at most judge_crops crops of judge_side px of SR.
     """
     record = {"file": picture.file, "policies": policies_sha256}
     try:

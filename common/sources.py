@@ -22,7 +22,8 @@ from common import candidates, dist, run
 from common.config import fail
 from common.images import SUFFIXES, read_image, to_pixels, write_png
 
-BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no other program
+BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no model
+KINDS = (*BUILT_IN, "base")                                     # base: samples of base_policy.py
 WHOLE, NUMBER = r"[1-9]\d*", r"[1-9]\d*(?:\.\d+)?"
 QUERY = re.compile(rf"(?:seeds=({WHOLE}))?&?(?:steps=({WHOLE}(?:\+{WHOLE})*))?"
                    rf"&?(?:guidance=({NUMBER}(?:\+{NUMBER})*))?")      # one value, or several: 10+20
@@ -34,16 +35,16 @@ def expand(entries: list[str]) -> list[dict]:
     """
     The setting `candidates`, one dict per candidate of a group; AssertionError where an entry is not well formed.
 
-        a|b         {kinds: [a, b]}                     one of BUILT_IN, drawn for each group
+        a|b         {kinds: [a, b]}                     one of KINDS, drawn for each group
         folder:     {method, folder}
         hf:         {method, model} and those of seed, steps, guidance that the entry gives
     """
-    expanded, names = [], {"hr", *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}
+    expanded, names = [], {*KINDS, *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}
     for entry in entries:
         if not entry.startswith(("folder:", "hf:")):
             for kind in entry.split("|"):
-                assert kind in BUILT_IN, \
-                    f"candidates: {kind!r} is none of {', '.join(BUILT_IN)}, folder:NAME=PATH, hf:NAME=MODEL"
+                assert kind in KINDS, \
+                    f"candidates: {kind!r} is none of {', '.join(KINDS)}, folder:NAME=PATH, hf:NAME=MODEL"
             expanded.append({"kinds": entry.split("|")})
             continue
         name, _, place = entry.partition(":")[2].partition("=")

@@ -12,11 +12,14 @@ sampler is normal: mean a' clean + c noise, standard deviation s; samplers diffe
 DDIM is written for a^2 + b^2 = 1 (diffusion), the flow SDE for a + b = 1 (flows). Dividing x by a number per level
 turns one into the other, so each sampler works for both; cps is the same in either.
 
-**The small policy** is a diffusers UNet2DModel that draws the luma detail that bicubic leaves out, at the size of the
-LR image: s^2 times cheaper than in pixels. Its latent is the luma of HR - bicubic(LR), pixel-unshuffled by the scale s
-to C = s^2 channels, divided by a power of LR's contrast (flat places have little detail) and turned into the principal
-axes of the training patches, each of unit spread. So even an untrained UNet draws detail of about the right size. Color
-stays bicubic's. The UNet also sees LR and predicts v; the schedule ends at zero signal.
+**The small policy** is a regressor and a diffusion model of the luma detail that the regressor leaves out:
+
+    SR = R(LR) + gain sigma pixel_shuffle(z)
+
+R is a small residual network over bicubic. z is what a diffusers UNet2DModel draws: luma of HR - R(LR),
+pixel-unshuffled by the scale s to C = s^2 channels and divided by one number, sigma, so that unpredictable fine detail
+keeps its small share of the loss. The UNet works at the size of LR, s^2 times cheaper than in pixels, sees LR and
+R(LR), and predicts v; the schedule ends at zero signal. A gain below 1 adds less of it. Color is the regressor's.
 
 **Any policy** (see sr_pipelines.py for published ones) is a module with `unet` (the network that is trained), `kind`,
 `sampler` (what sampler.json holds), `channels`, `multiple` (of which LR's sides are multiples), `lora_layers`, `times`
@@ -25,10 +28,10 @@ stays bicubic's. The UNet also sees LR and predicts v; the schedule ends at zero
 Shapes: B samples, C latent channels, h w size of the latent (the small policy's: LR's), H W size of SR, T denoising
 steps, W of them random; levels are 0 (noise) .. T (clean).
 Sources: v-prediction arXiv 2202.00512 appendix D; zero terminal SNR arXiv 2305.08891; denoising as a T-step decision
-process (DDPO) arXiv 2305.13301. The latent is our own choice.
+process (DDPO) arXiv 2305.13301; diffusion of a regressor's residual (SRDiff) arXiv 2104.14951.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +46,8 @@ from common.training import merged
 
 SAMPLERS = ("ddim", "sde", "cps")
 CONTRAST_FLOOR = 2 / 255            # about the noise of an 8-bit JPEG
-CONTRAST_POWER = 0.7                # detail is taken to grow with this power of LR's local contrast
 CONDITION_CHANNELS = 7              # of condition()
+REGRESSOR = "regressor.safetensors"
 TRAIN_STEPS = 1000                  # time steps of the small policy's noise schedule
 
 
@@ -182,7 +185,7 @@ def log_prob(rollout: Rollout, mean: Tensor, std: Tensor) -> Tensor:
     return grpo.gaussian_logp(rollout.latents[:, 1:].flatten(0, 1), mean, std).view_as(rollout.logp)
 
 
-# the small policy: its latent ------------------------------------------------------------------------------------
+# the small policy: what its networks see --------------------------------------------------------------------------
 
 def gray(image: Tensor) -> Tensor:
     """Luma of [B, 3, h, w]: [B, 1, h, w]."""
@@ -205,107 +208,136 @@ def contrast(lr: Tensor) -> Tensor:
     return ((local_mean(y ** 2) - local_mean(y) ** 2).clamp(min=0) + CONTRAST_FLOOR ** 2).sqrt()
 
 
-def detail_patches(hr: Tensor, lr: Tensor) -> Tensor:
-    """Luma detail of HR [B, 3, H, W] in units of contrast(LR) ** CONTRAST_POWER, pixel-unshuffled: [B, C, h, w]."""
-    scale = hr.shape[-1] // lr.shape[-1]
-    return F.pixel_unshuffle(gray(hr - upsample(lr, scale)), scale) / contrast(lr) ** CONTRAST_POWER
-
-
 def condition(lr: Tensor) -> Tensor:
-    """[B, 7, h, w], what the UNet sees of LR [B, 3, h, w]: LR, its fine structure enlarged, its log contrast."""
+    """[B, 7, h, w], what both networks see of LR [B, 3, h, w]: LR, its fine structure enlarged, its log contrast."""
     spread = contrast(lr)
     return torch.cat([2 * lr - 1, (lr - local_mean(lr)) / spread, spread.log() + 3], 1)
 
 
-# the small policy: network and disk ------------------------------------------------------------------------------
+# the small policy: networks and disk ------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, [B, width, h, w]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(x)))
+
+
+class Regressor(nn.Module):
+    """LR [B, 3, h, w] in 0..1 -> [B, 3, H, W]; before training it is bicubic."""
+
+    def __init__(self, scale: int, width: int, blocks: int):
+        super().__init__()
+        self.scale = scale
+        self.first = nn.Conv2d(CONDITION_CHANNELS, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.last = nn.Conv2d(width, 3 * scale ** 2, 3, padding=1)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        detail = self.last(self.blocks(self.first(condition(lr))))                          # [B, 3 s^2, h, w]
+        return upsample(lr, self.scale) + F.pixel_shuffle(detail, self.scale)
+
 
 @dataclass(frozen=True)
 class Sampler:
     """What sampling needs beside the weights: sampler.json in the policy's folder."""
     scale: int                      # s: SR is s times as wide and as high as LR
-    steps: int                      # T, divides TRAIN_STEPS
+    steps: int                      # T, divides the number of training time steps
     betas: list[float]              # [N] noise schedule over the training time steps
-    basis: list[list[float]]        # [C, C] row c: the luma patch (pixel_unshuffle) of a unit of channel c
+    sigma: float                    # standard deviation of luma(HR - R(LR)) over the training crops
+    gain: float                     # share of the drawn detail that is added to R(LR)
+    width: int                      # of the regressor
+    blocks: int                     # of the regressor
 
 
 class Policy(nn.Module):
-    """The small policy: UNet, schedule and latent space. `unet` may be wrapped by peft."""
-    kind = "pixel"
-    # convolutions, attention, time embedding; conv_out has a large gradient, nearly all noise
-    lora_layers = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "linear_1", "linear_2"]
+    """The small policy: UNet, regressor and schedule. `unet` may be wrapped by peft; the regressor stays as it is."""
+    kind, multiple = "pixel", 1     # LR may have any size: velocity() pads
+    # convolutions, time embedding; conv_out has a large gradient, nearly all noise
+    lora_layers = ["conv1", "conv2", "time_emb_proj", "linear_1", "linear_2"]
 
-    def __init__(self, unet: nn.Module, sampler: Sampler):
+    def __init__(self, unet: nn.Module, regressor: Regressor, sampler: Sampler):
         super().__init__()
         count = len(sampler.betas)
         if count % sampler.steps:
             fail(f"{sampler.steps} denoising steps: they should divide the {count} time steps that the policy was "
                  "trained with")
-        self.unet, self.sampler, self.channels = unet, sampler, len(sampler.basis)
-        self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+        self.unet, self.regressor, self.sampler, self.channels = unet, regressor, sampler, sampler.scale ** 2
+        self.unit = 2 ** (len(unet.config.block_out_channels) - 1)      # sides of the UNet's input: multiples of it
         times = list(range(count - 1, -1, -(count // sampler.steps)))   # [T] evenly spaced from pure noise on
         signal = torch.cumprod(1 - torch.tensor(sampler.betas, dtype=torch.float64), 0)         # [N]
         ends = torch.cat([signal[times], signal.new_ones(1)])           # [T + 1] no noise after the last step
-        basis = torch.tensor(sampler.basis, dtype=torch.float64)                                # [C, C]
-        constants = {"times": torch.tensor(times), "levels": diffusion_levels(ends.float()),
-                     "signal": signal.float(), "basis": basis.float(), "inverse": torch.linalg.inv(basis).float()}
+        constants = {"times": torch.tensor(times), "levels": diffusion_levels(ends.float()), "signal": signal.float()}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
-    def observe(self, lr: Tensor, keys: list[tuple]) -> Tensor:
-        """What predict and decode see of LR [B, 3, h, w] in 0..1: LR itself. A key per row, as in draw_noise."""
-        return lr
+    @torch.no_grad()
+    def observe(self, lr: Tensor, keys: list[tuple] = ()) -> Tensor:
+        """LR [B, 3, h, w] in 0..1 and R(LR), pixel-unshuffled, [B, 3 + 3 s^2, h, w]; keys are not needed here."""
+        return torch.cat([lr, F.pixel_unshuffle(self.regressor(lr), self.sampler.scale)], 1)
 
-    def encode(self, hr: Tensor, lr: Tensor) -> Tensor:
-        """HR [B, 3, H, W] and LR [B, 3, h, w] in 0..1 -> clean latent [B, C, h, w] of about unit spread."""
-        return torch.einsum("bphw,pc->bchw", detail_patches(hr, lr), self.inverse)
+    def mean(self, seen: Tensor) -> Tensor:
+        """R(LR) [B, 3, H, W] in what observe() gave."""
+        return F.pixel_shuffle(seen[:, 3:], self.sampler.scale)
 
-    def decode(self, latent: Tensor, lr: Tensor) -> Tensor:
-        """Clean latent [B, C, h, w] and LR [B, 3, h, w] -> SR [B, 3, H, W] in 0..1."""
-        detail = torch.einsum("bchw,cp->bphw", latent, self.basis)
-        detail = F.pixel_shuffle(detail * contrast(lr) ** CONTRAST_POWER, self.sampler.scale)
-        return (upsample(lr, self.sampler.scale) + detail).clamp(0, 1)
+    def encode(self, hr: Tensor, seen: Tensor) -> Tensor:
+        """HR [B, 3, H, W] in 0..1 -> clean latent [B, C, h, w], of unit spread over the training crops."""
+        return F.pixel_unshuffle(gray(hr - self.mean(seen)), self.sampler.scale) / self.sampler.sigma
 
-    def velocity(self, x: Tensor, time: Tensor, lr: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, seen: Tensor) -> Tensor:
+        """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1."""
+        detail = F.pixel_shuffle(latent, self.sampler.scale) * (self.sampler.gain * self.sampler.sigma)
+        return (self.mean(seen) + detail).clamp(0, 1)
+
+    def velocity(self, x: Tensor, time: Tensor, seen: Tensor) -> Tensor:
         """Predicted v [B, C, h, w], float32, for a noisy latent x [B, C, h, w] at training time steps [B]."""
-        return self.unet(torch.cat([x, condition(lr)], 1), time).sample.float()
+        lr, (height, width) = seen[:, :3], x.shape[-2:]
+        detail = F.pixel_unshuffle(gray(self.mean(seen)), self.sampler.scale) - gray(lr)        # that R(LR) adds
+        inputs = torch.cat([x, condition(lr), detail / self.sampler.sigma], 1)
+        inputs = F.pad(inputs, (0, -width % self.unit, 0, -height % self.unit), mode="replicate")
+        return self.unet(inputs, time).sample.float()[..., :height, :width]
 
-    def predict(self, x: Tensor, index: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, index: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latent and noise, float32, in state x [B, C, h, w] before denoising step `index` [B] (0..T-1)."""
-        v = self.velocity(x, self.times[index], lr)
+        v = self.velocity(x, self.times[index], seen)
         return clean_and_noise("v_prediction", x, v, at(self.levels, index))
 
     def save(self, folder: Path) -> None:
         """Merge LoRA into the UNet and write a folder that UNet2DModel.from_pretrained loads, sampler.json last."""
         self.unet = merged(self.unet)
         self.unet.save_pretrained(folder)
+        run.save_tensors(folder / REGRESSOR, self.regressor.state_dict())
         run.write_json(folder / "sampler.json", asdict(self.sampler))
 
 
-def new_policy(hr: Tensor, lr: Tensor, *, steps: int, channels: list[int], seed: int) -> Policy:
-    """An untrained small policy; its latent space fits training pairs HR [N, 3, H, W], LR [N, 3, h, w] in 0..1."""
-    sampler, levels, (height, width) = fit_sampler(hr, lr, steps=steps), len(channels), lr.shape[-2:]
-    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
-        fail(f"channels={channels} has {levels} levels, so the sides of LR should be multiples of "
-             f"{2 ** (levels - 1)} px, not {width} x {height}: give fewer channels or another hr_size")
-    latent = len(sampler.basis)
-    torch.manual_seed(run.stable_seed(seed, "weights"))         # diffusers draws from torch's own generator
-    unet = UNet2DModel(sample_size=(height, width), in_channels=latent + CONDITION_CHANNELS, out_channels=latent,
+def new_unet(channels: list[int], *, scale: int, side: int) -> UNet2DModel:
+    """An untrained UNet that predicts v = 0, which is right where nothing can be known; no attention: any size."""
+    latent, levels = scale ** 2, len(channels)
+    unet = UNet2DModel(sample_size=side, in_channels=2 * latent + CONDITION_CHANNELS, out_channels=latent,
                        block_out_channels=channels, layers_per_block=1, norm_num_groups=8,
                        down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
-                       attention_head_dim=32)                           # attention on the lowest level only
+                       add_attention=False)
     for p in unet.conv_out.parameters():
-        torch.nn.init.zeros_(p)                                         # v = 0 is right where nothing can be known
-    return Policy(unet, sampler)
+        nn.init.zeros_(p)
+    return unet
 
 
-def fit_sampler(hr: Tensor, lr: Tensor, *, steps: int) -> Sampler:
-    """The schedule, and the latent space of training pairs HR [N, 3, H, W], LR [N, 3, h, w] in 0..1."""
-    signal = [math.cos(math.pi / 2 * i / TRAIN_STEPS) ** 2 for i in range(TRAIN_STEPS)] + [0.0]     # ends at zero
-    betas = [1 - after / before for before, after in zip(signal[:-1], signal[1:])]
-    rows = detail_patches(hr, lr).double().permute(0, 2, 3, 1).flatten(0, 2)                        # [N h w, C]
-    variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
-    spread = variance.clamp(min=1e-4 * float(variance.max())).sqrt()    # flat training images would give 0
-    return Sampler(hr.shape[-1] // lr.shape[-1], steps, betas, basis=(spread[:, None] * axes.T).tolist())
+def zero_terminal_betas() -> list[float]:
+    """[N] cosine schedule that ends at zero signal."""
+    signal = [math.cos(math.pi / 2 * i / TRAIN_STEPS) ** 2 for i in range(TRAIN_STEPS)] + [0.0]
+    return [1 - after / before for before, after in zip(signal[:-1], signal[1:])]
+
+
+def with_sampling(policy: Policy, *, steps: int, gain: float) -> Policy:
+    """The same networks, shared, under another number of denoising steps and another gain."""
+    other = Policy(policy.unet, policy.regressor, replace(policy.sampler, steps=steps, gain=gain))
+    return other.to(policy.signal.device).train(policy.training)
 
 
 def read_sampler(kind: type, folder: Path):
@@ -320,8 +352,10 @@ def read_sampler(kind: type, folder: Path):
 def load_small(folder: Path, device: torch.device) -> Policy:
     """The frozen policy that Policy.save wrote, or one line that says what is wrong with it."""
     sampler = read_sampler(Sampler, folder)
+    regressor, weights = Regressor(sampler.scale, sampler.width, sampler.blocks), run.load_tensors(folder / REGRESSOR)
     try:
+        regressor.load_state_dict(weights)
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
-        return Policy(unet, sampler).to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:      # the last one: weights are missing
+        return Policy(unet, regressor, sampler).to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:     # RuntimeError: other or missing weights
         fail(f"{folder}: the policy cannot be loaded ({error}); run the stage that wrote it again")

@@ -41,14 +41,16 @@ def resident(which: str) -> float:
 def measure(changes: dict) -> dict:
     """One update in this process."""
     stage = load_stage("04")
-    cfg = stage.Config(run="unused", channels=[64, 96], inputs_per_step=2, samples_per_input=8, window_width=2,
+    cfg = stage.Config(run="unused", inputs_per_step=2, samples_per_input=8, window_width=2,
                        **changes)
     with tempfile.TemporaryDirectory() as folder:
         rng, groups = np.random.default_rng(0), [{"scale": 4, "hr": "hr.png", "lr": "lr.png"}] * 2
         for name, side in (("hr", 128), ("lr", 32)):
             write_png(Path(folder) / f"{name}.png", rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
         lr, hr = (image_batch(Path(folder), groups, key) for key in ("lr", "hr"))
-    policy = sr_policy.new_policy(hr, lr, steps=cfg.denoise_steps, channels=cfg.channels, seed=0)
+    sampler = sr_policy.Sampler(4, cfg.denoise_steps, sr_policy.zero_terminal_betas(), 0.1, cfg.gain, 48, 6)
+    unet = sr_policy.new_unet([64, 96], scale=4, side=lr.shape[-1])
+    policy = sr_policy.Policy(unet, sr_policy.Regressor(4, 48, 6), sampler)
     policy, reference = stage.with_reference(cfg, policy.eval().requires_grad_(False))
     optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-4)
     rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)

@@ -29,7 +29,8 @@ seed: 0
   test_groups: 8
   val_sources: [rocket]
   test_sources: [chelsea, coffee]
-  candidates: [hr, resample, inconsistent, unnatural]
+  candidates: [hr, resample, base, inconsistent|unnatural]
+  base_steps: 20
   workers: 1
 
 02_train_reward:
@@ -59,10 +60,7 @@ seed: 0
   sampled_replies: 2
 
 04_train_sr_grpo:
-  channels: [32]
   denoise_steps: 4
-  cold_start_steps: 60
-  cold_start_batch: 4
   steps: 4
   inputs_per_step: 3
   samples_per_input: 3

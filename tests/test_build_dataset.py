@@ -91,9 +91,9 @@ def test_label_follows_the_recorded_images(built):
             consistency = metrics.proxy_consistency(images[index], hr, lr)
             assert abs(consistency - scores["consistency"][index]) < 1e-4
             if candidate["method"] in ("hr", *candidates.RESAMPLERS, *candidates.UNNATURAL):
-                naturalness = metrics.proxy_naturalness(images[index], hr)
+                naturalness = metrics.detail_score(images[index], hr)
                 assert abs(naturalness - scores["naturalness"][index]) < 1e-4
-                assert abs((consistency * naturalness) ** 0.5 - scores["overall"][index]) < 1e-4
+                assert abs(min(consistency, naturalness) - scores["overall"][index]) < 1e-4
             elif "+" not in candidate["method"]:
                 assert scores["naturalness"][index] == 1
 
@@ -233,6 +233,7 @@ def test_shares_follow_the_area_up_to_the_cap():
     assert capped == [50, 25, 13, 12] and sum(shares(pictures, 7, 0.4)) == 7
     assert shares(pictures[:1], 9, 0.1) == [9]                              # one source: it gives everything
     assert shares([], 0, 0.5) == []
+    assert shares(pictures, 100, 0.4, ("a",)) == [9, 30, 16, 45]            # a texture: a fifth; all lifted by 1 / 0.88
 
 
 def test_split_by_hash_is_stable_and_fills_every_split():

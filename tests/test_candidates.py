@@ -31,7 +31,7 @@ def test_stronger_fault_is_less_natural(method):
     seed = next(seed for seed in range(999) if rng(seed).choice(kinds) == method)
     faulty = [candidates.add_fault(hr, strength, rng(seed)) for strength in (0.0, 0.5, 1.0)]
     assert {record["method"] for _, record in faulty} == {method}
-    scores = [metrics.proxy_naturalness(image, hr) for image, _ in faulty]
+    scores = [metrics.detail_score(image, hr) for image, _ in faulty]
     assert 1 > scores[0] > scores[1] > scores[2]
 
 
@@ -58,7 +58,7 @@ def test_probes_hurt_the_axis_that_they_name():
     images = candidates.tamper(hr, lr, other, np.random.default_rng(0))
     for (axis, _), image in zip(candidates.PROBES.values(), images, strict=True):
         scores = dict(zip(("overall", "consistency", "naturalness"), metrics.held_out(image, lr, hr)))
-        assert image.dtype == np.uint8 and image.shape == hr.shape and scores[axis] < 0.8
+        assert image.dtype == np.uint8 and image.shape == hr.shape and scores[axis] < 0.92
     swapped, color = images[list(candidates.PROBES).index("swapped")], images[list(candidates.PROBES).index("color")]
     changed = (swapped != hr).any(2)
     assert changed[16:48, 16:48].mean() > 0.9 and changed.mean() < 0.26

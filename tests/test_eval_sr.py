@@ -37,7 +37,7 @@ def lively(policy: Policy, seed: int = 5) -> Policy:
 def write_stage_04(folder: Path, config: Path, *settings: str) -> Path:
     """A finished stage 04, but for the training: two policies that differ."""
     stage = load_stage("04")
-    for name, seed in (("cold_start", 6), ("policy", 5)):
+    for name, seed in (("base", 6), ("policy", 5)):
         (folder / name).mkdir(parents=True)
         lively(tiny_policy(), seed).save(folder / name)
     cfg = load_config(stage.Config, stage.__file__, [str(config), *settings])
@@ -157,7 +157,7 @@ def test_judge_and_policy_of_another_run(compared, stages, toy_config, tmp_path)
     expected = run.read_json(compared / "results.json")["mean"]
     assert run.read_json(folder / "05_eval_sr" / "results.json")["mean"] == expected
     folder = run_with(tmp_path / "b", *stages)
-    stage_05(toy_config, f"run={folder}", f"policy={tuned / 'cold_start'}", "large_crops=0")
+    stage_05(toy_config, f"run={folder}", f"policy={tuned / 'base'}", "large_crops=0")
     means = run.read_json(folder / "05_eval_sr" / "results.json")["mean"]
     assert means["tuned"] == means["base"] == expected["base"]
 

@@ -24,7 +24,7 @@ from test_build_dataset import write_config
 # TOY with fewer steps: a stage takes a second or two, and still saves, validates and resumes
 TINY = {
     "train_groups: 24": "train_groups: 6", "val_groups: 5": "val_groups: 2", "test_groups: 8": "test_groups: 4",
-    "cold_start_steps: 40": "cold_start_steps: 4", "cold_start_steps: 60": "cold_start_steps: 40",
+    "cold_start_steps: 40": "cold_start_steps: 4", "base_steps: 20": "base_steps: 4",
     "steps: 5": "steps: 4", "eval_every: 4": "eval_every: 3", "max_reply_tokens: 40": "max_reply_tokens: 8"}
 CLOCK = ("time", "seconds", "peak")                     # keys whose values depend on the machine
 SHOWN = ("manifest.json", "curves.png", "report.html", "table.md")      # files that show such values

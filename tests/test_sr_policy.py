@@ -36,11 +36,14 @@ def noise(count: int, width: int = 0, seed: int = 0) -> torch.Tensor:
 
 def tiny_policy(dropout: float = 0.0) -> Policy:
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=8, in_channels=16 + sr_policy.CONDITION_CHANNELS, out_channels=16,
+    unet = UNet2DModel(sample_size=8, in_channels=32 + sr_policy.CONDITION_CHANNELS, out_channels=16,
                        dropout=dropout, block_out_channels=[32, 32], layers_per_block=1, norm_num_groups=8,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    hr = images(8)
-    return Policy(unet, sr_policy.fit_sampler(hr, shrink(hr), steps=STEPS)).eval()
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)
+    regressor = sr_policy.Regressor(4, width=8, blocks=1)
+    with torch.no_grad():
+        regressor.last.weight.normal_(std=0.01)
+    sampler = sr_policy.Sampler(4, STEPS, sr_policy.zero_terminal_betas(), sigma=0.1, gain=0.8, width=8, blocks=1)
+    return Policy(unet, regressor.requires_grad_(False), sampler).eval()
 
 
 def add_lora(policy: Policy, moved: float = 0.0) -> Policy:
@@ -60,6 +63,11 @@ def policy() -> Policy:
 @pytest.fixture
 def lr() -> torch.Tensor:
     return shrink(images(4, seed=1))                                    # [4, 3, 8, 8]
+
+
+@pytest.fixture
+def seen(policy, lr) -> torch.Tensor:
+    return policy.observe(lr)
 
 
 # steps, number by number, as the papers write them -----------------------------------------------------------
@@ -162,21 +170,23 @@ def test_flow_steps_of_diffusers():
 
 # the small policy --------------------------------------------------------------------------------------------
 
-def test_the_latent_is_the_luma_detail_in_units_of_its_spread(policy):
-    hr = images(8)                                                      # the ones the space was fitted to
-    channels = policy.encode(hr, shrink(hr)).square().mean((0, 2, 3))
-    assert channels.shape == (16,) and channels.min() > 0.9 and channels.max() < 1.1
-    hr = 0.5 * hr + 0.25                                                # nothing is clamped
+def test_the_latent_is_the_luma_detail_that_the_regressor_leaves_out(policy):
+    hr = 0.5 * images(8) + 0.25                                         # nothing is clamped
     lr = shrink(hr)
-    decoded = policy.decode(policy.encode(hr, lr), lr)
-    assert torch.allclose(sr_policy.gray(decoded), sr_policy.gray(hr), atol=1e-5)
-    added = decoded - sr_policy.upsample(lr, 4)                         # no detail is bicubic, detail has no color
-    assert added.abs().max() > 1e-3 and torch.allclose(added[:, :1], added, atol=1e-6)
-    assert torch.equal(policy.decode(torch.zeros(8, *LATENT), lr), sr_policy.upsample(lr, 4).clamp(0, 1))
+    seen = policy.observe(lr)
+    latent = policy.encode(hr, seen)
+    expected = sr_policy.gray(hr - policy.regressor(lr))[0, 0, 4:8, 8:12].flatten() / policy.sampler.sigma
+    assert torch.allclose(latent[0, :, 1, 2], expected, atol=1e-5)
+    whole, half = (sr_policy.with_sampling(policy, steps=2, gain=gain).decode(latent, seen) for gain in (1.0, 0.5))
+    assert torch.allclose(sr_policy.gray(whole), sr_policy.gray(hr), atol=1e-5)
+    mean = policy.decode(torch.zeros(8, *LATENT), seen)                 # no detail is the regressor, ..
+    assert torch.equal(mean, policy.regressor(lr)) and torch.allclose(half - mean, (whole - mean) / 2, atol=1e-6)
+    assert torch.allclose((whole - mean)[:, :1], whole - mean, atol=1e-6)       # and detail has no color
+    assert torch.equal(sr_policy.Regressor(4, 8, 1)(lr), sr_policy.upsample(lr, 4))     # untrained it is bicubic
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 0.999])            # at 1, diffusers takes the root of -1e-8
-def test_mean_and_std_of_a_step_and_restore_are_those_of_diffusers(policy, lr, eta):
+def test_mean_and_std_of_a_step_and_restore_are_those_of_diffusers(policy, seen, eta):
     scheduler = DDIMScheduler(num_train_timesteps=1000, trained_betas=policy.sampler.betas, clip_sample=False,
                               prediction_type="v_prediction", timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
@@ -184,74 +194,76 @@ def test_mean_and_std_of_a_step_and_restore_are_those_of_diffusers(policy, lr, e
     x = y = noise(4)[:, 0]
     for index, time in enumerate(scheduler.timesteps):
         with torch.no_grad():
-            v = policy.velocity(x, time.repeat(4), lr)
-            mean, std = sr_policy.step(policy, x, torch.full((4,), index), lr, eta=eta)
-            y = scheduler.step(policy.velocity(y, time.repeat(4), lr), time, y, eta=0.0).prev_sample
+            v = policy.velocity(x, time.repeat(4), seen)
+            mean, std = sr_policy.step(policy, x, torch.full((4,), index), seen, eta=eta)
+            y = scheduler.step(policy.velocity(y, time.repeat(4), seen), time, y, eta=0.0).prev_sample
         zero, one = (scheduler.step(v, time, x, eta=eta, variance_noise=z).prev_sample
                      for z in (torch.zeros_like(x), torch.ones_like(x)))
         assert torch.allclose(mean, zero, atol=1e-5)
         assert torch.allclose(std.expand_as(x), one - zero, atol=1e-5)
-    sr = sr_policy.restore(policy, lr, x)
-    assert sr.shape == (4, 3, 32, 32) and torch.allclose(sr, policy.decode(y, lr), atol=1e-5)
+    sr = sr_policy.restore(policy, seen, x)
+    assert sr.shape == (4, 3, 32, 32) and torch.allclose(sr, policy.decode(y, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", sr_policy.SAMPLERS)
 @pytest.mark.parametrize("start", [0, 2])
-def test_a_rollout_is_replayed_with_ratio_one(policy, lr, sampler, start):
-    rollout = sr_policy.sample(policy, lr, noise(4, 2), start=start, eta=0.7, sampler=sampler)
+def test_a_rollout_is_replayed_with_ratio_one(policy, seen, sampler, start):
+    rollout = sr_policy.sample(policy, seen, noise(4, 2), start=start, eta=0.7, sampler=sampler)
     policy.train()
     mean, std = sr_policy.replay(policy, rollout)
     ratio = (sr_policy.log_prob(rollout, mean, std) - rollout.logp).exp()
     assert ratio.shape == (4, 2) and (ratio - 1).abs().max() < 1e-5
     expected = torch.distributions.Normal(mean, std).log_prob(rollout.latents[:, 1:].flatten(0, 1))
     assert torch.allclose(rollout.logp, expected.flatten(1).mean(1).view(4, 2), atol=1e-5)
-    still = sr_policy.restore(policy, lr, noise(4)[:, 0])
+    still = sr_policy.restore(policy, seen, noise(4)[:, 0])
     assert (rollout.images - still).std() > 5e-3
-    quiet = sr_policy.sample(policy, lr, noise(4, 2), start=start, eta=1e-6, sampler=sampler)
+    quiet = sr_policy.sample(policy, seen, noise(4, 2), start=start, eta=1e-6, sampler=sampler)
     assert torch.allclose(quiet.images, still, atol=1e-4)               # with hardly any noise: the ODE
 
 
-def test_random_steps_in_the_window_then_ode(policy, lr):
-    rollout = sr_policy.sample(policy, lr, noise(4, 2), start=1)
+def test_random_steps_in_the_window_then_ode(policy, seen):
+    rollout = sr_policy.sample(policy, seen, noise(4, 2), start=1)
     x, index = rollout.latents[:, -1], torch.arange(STEPS)
     with torch.no_grad():
-        first = sr_policy.step(policy, noise(4)[:, 0], index[:1].repeat(4), lr)[0]
+        first = sr_policy.step(policy, noise(4)[:, 0], index[:1].repeat(4), seen)[0]
         for i in index[3:]:
-            x = sr_policy.step(policy, x, i.repeat(4), lr)[0]
+            x = sr_policy.step(policy, x, i.repeat(4), seen)[0]
     assert rollout.latents.shape == (4, 3, *LATENT) and torch.allclose(rollout.latents[:, 0], first, atol=1e-6)
-    assert torch.allclose(rollout.images, policy.decode(x, lr), atol=1e-6)
+    assert torch.allclose(rollout.images, policy.decode(x, seen), atol=1e-6)
     with pytest.raises(AssertionError, match="no density"):
-        sr_policy.sample(policy, lr, noise(4, 2), start=STEPS - 2)
+        sr_policy.sample(policy, seen, noise(4, 2), start=STEPS - 2)
 
 
-def test_batch_and_neighbors_change_nothing_and_other_sizes_work(policy, lr):
-    together = sr_policy.restore(policy, lr, noise(4)[:, 0])
-    alone = torch.cat([sr_policy.restore(policy, lr[i:i + 1], noise(4)[i:i + 1, 0]) for i in range(4)])
+def test_batch_and_neighbors_change_nothing_and_other_sizes_work(policy, seen):
+    together = sr_policy.restore(policy, seen, noise(4)[:, 0])
+    alone = torch.cat([sr_policy.restore(policy, seen[i:i + 1], noise(4)[i:i + 1, 0]) for i in range(4)])
     assert (together - alone).abs().max() < 1e-5
     assert torch.equal(noise(4)[[2]], sr_policy.draw_noise([(0, "noise", 2)], (1, *LATENT), CPU))
     assert not torch.equal(noise(4)[0], noise(4)[1])
-    wide = shrink(images(1, size=64))[..., :12]
-    assert sr_policy.restore(policy, wide, sr_policy.draw_noise([(0,)], (16, 16, 12), CPU)).shape == (1, 3, 64, 48)
+    for height, width in ((16, 12), (9, 7), (1, 2)):                    # odd sides are padded for the UNet
+        other = policy.observe(torch.rand(1, 3, height, width))
+        drawn = sr_policy.draw_noise([(0,)], (16, height, width), CPU)
+        assert sr_policy.restore(policy, other, drawn).shape == (1, 3, 4 * height, 4 * width)
 
 
-def test_lora_is_off_in_the_reference_and_merged_on_saving(policy, lr, tmp_path):
-    base = sr_policy.restore(policy, lr, noise(4)[:, 0])
+def test_lora_is_off_in_the_reference_and_merged_on_saving(policy, seen, tmp_path):
+    base = sr_policy.restore(policy, seen, noise(4)[:, 0])
     policy.save(tmp_path / "base")
     loaded = sr_pipelines.load_policy(tmp_path / "base", CPU)
-    assert torch.equal(sr_policy.restore(loaded, lr, noise(4)[:, 0]), base) and loaded.sampler == policy.sampler
+    assert torch.equal(sr_policy.restore(loaded, seen, noise(4)[:, 0]), base) and loaded.sampler == policy.sampler
     assert not any(p.requires_grad for p in loaded.parameters())
-    expected = sr_policy.restore(add_lora(policy, 0.05), lr, noise(4)[:, 0])
+    expected = sr_policy.restore(add_lora(policy, 0.05), seen, noise(4)[:, 0])
     assert not torch.allclose(expected, base, atol=1e-3)
     with adapter_off(policy.unet):
-        assert torch.equal(sr_policy.restore(policy, lr, noise(4)[:, 0]), base)
+        assert torch.equal(sr_policy.restore(policy, seen, noise(4)[:, 0]), base)
     policy.save(tmp_path / "stage" / "policy")
     loaded = sr_pipelines.load_policy(tmp_path / "stage", CPU)          # a stage's folder stands for its policy
-    assert torch.allclose(sr_policy.restore(loaded, lr, noise(4)[:, 0]), expected, atol=1e-5)
+    assert torch.allclose(sr_policy.restore(loaded, seen, noise(4)[:, 0]), expected, atol=1e-5)
     assert isinstance(UNet2DModel.from_pretrained(tmp_path / "stage" / "policy"), UNet2DModel)
 
 
 @pytest.mark.parametrize("text, message", [(None, "sampler.json"), ("{", "sampler.json"),
-                                           ('{"scale": 4}', "lacks steps, betas, basis")])
+                                           ('{"scale": 4}', "lacks steps, betas, sigma")])
 def test_a_broken_policy_folder_is_one_line(tmp_path, capsys, text, message):
     if text:
         (tmp_path / "sampler.json").write_text(text)
@@ -259,10 +271,3 @@ def test_a_broken_policy_folder_is_one_line(tmp_path, capsys, text, message):
         sr_pipelines.load_policy(tmp_path, CPU)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_sides_that_the_networks_levels_cannot_halve_are_refused(capsys):
-    hr = images(2)
-    with pytest.raises(SystemExit):
-        sr_policy.new_policy(hr, shrink(hr), steps=STEPS, channels=[32] * 5, seed=0)
-    assert "multiples of 16 px, not 8 x 8" in capsys.readouterr().err
