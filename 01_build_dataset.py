@@ -52,6 +52,7 @@ MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sk
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
 DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
+FAULT_ON_PARTIAL = 0.5  # probability that an unnatural fault starts from a partial image, not from the ground truth
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
@@ -121,7 +122,7 @@ class Config:
         for source in self.sources:
             assert not self.lr_dir or set(source.get("kinds", [])) <= {"resample"}, \
                 "candidates: hr, inconsistent and unnatural need ground truth, which lr_dir has not"
-            assert "base" not in source.get("kinds", []) or (self.hr_dir and self.base_steps), \
+            assert not {"base", "partial"} & set(source.get("kinds", [])) or (self.hr_dir and self.base_steps), \
                 "candidates: base needs hr_dir, and base_steps above 0"
             assert self.hf_prompt or source.get("guidance", 1) <= 1, \
                 "candidates: guidance compares with an empty prompt, so it needs hf_prompt"
@@ -385,9 +386,15 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
     if kind == "base":
         image, record = base_policy.candidate(folder / "base", lr, rng)
         return image, hr, record
-    if kind == "unnatural":
-        image, record = candidates.unnatural(image, cfg.scale, rng)
+    if kind == "partial":
+        image, record = partial_detail(folder, rng, lr=lr, hr=image)
         return to_uint8(image), hr, record
+    if kind == "unnatural":
+        start = {}
+        if cfg.base_steps and rng.random() < FAULT_ON_PARTIAL:
+            image, start = partial_detail(folder, rng, lr=lr, hr=image)
+        image, record = candidates.unnatural(image, cfg.scale, rng)
+        return to_uint8(image), hr, record | ({"start": start} if start else {})
     double = rng.random() < DOUBLE_FAULT
     strongest = DOUBLE_STRONGEST if double else 1.0
     image, record = candidates.inconsistent(image, to_float(foreign), rng, strongest=strongest)
@@ -397,6 +404,14 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
     image, fault = candidates.unnatural(image, cfg.scale, rng, strongest=strongest)
     record |= {"method": f"{record['method']}+{fault['method']}", "second": fault}
     return to_uint8(image), natural, record
+
+
+def partial_detail(folder: Path, rng: np.random.Generator, *, lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, dict]:
+    """A sample of the base policy and a random share of what it lacks to the HR image: (float [H, W, 3], record)."""
+    image, record = base_policy.candidate(folder / "base", lr, rng)
+    share = float(rng.random())
+    image = to_float(image)
+    return image + share * (hr - image), {"method": "partial", "strength": 1 - share, "from": record["method"]}
 
 
 # is the set worth training on ----------------------------------------------------------------------------

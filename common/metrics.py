@@ -15,12 +15,13 @@ from common.images import luma, to_float
 
 AXES = ("consistency", "naturalness", "overall")
 OVERALL = AXES.index("overall")
-# found by a search among about 150 variants: people's votes on half-size images, and the ladder of test_metrics.py
+# found by a search among about 170 variants, for people's votes on half-size images (with all widths halved, as the
+# votes were given at full size) and for the ladder of test_metrics.py
 CONSISTENCY_SCALE = 0.2      # RMSE (of 1) between the down-sampled images at which the score is 1/2
-DETAIL_EDGES = (0, 0.7, 1.4, 2.8)   # px, widths of the Gaussians whose differences are the bands
-DETAIL_WINDOW = 1.5          # px, Gaussian in which detail is compared
+DETAIL_EDGES = (0, 0.7, 1.4, 2.8, 5.6)  # px, widths of the Gaussians whose differences are the bands
+DETAIL_WINDOW = 3.0          # px, Gaussian in which detail is compared
 DETAIL_FLOOR = (4 / 255)**2  # detail of this strength counts as nothing
-DEFICIT_WEIGHT = 0.1         # of missing detail, in units of log energy
+DEFICIT_WEIGHT = 0.11        # of missing detail, in units of log energy
 
 
 def down(image: np.ndarray, scale: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from common.config import fail
 from common.images import SUFFIXES, read_image, to_pixels, write_png
 
 BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no model
-KINDS = (*BUILT_IN, "base")                                     # base: samples of base_policy.py
+KINDS = (*BUILT_IN, "base", "partial")      # samples of base_policy.py; between these and the ground truth
 WHOLE, NUMBER = r"[1-9]\d*", r"[1-9]\d*(?:\.\d+)?"
 QUERY = re.compile(rf"(?:seeds=({WHOLE}))?&?(?:steps=({WHOLE}(?:\+{WHOLE})*))?"
                    rf"&?(?:guidance=({NUMBER}(?:\+{NUMBER})*))?")      # one value, or several: 10+20
