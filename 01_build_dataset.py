@@ -393,7 +393,7 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
         start = {}
         if cfg.base_steps and rng.random() < FAULT_ON_PARTIAL:
             image, start = partial_detail(folder, rng, lr=lr, hr=image)
-        image, record = candidates.unnatural(image, cfg.scale, rng)
+        image, record = candidates.unnatural(image, to_float(foreign), cfg.scale, rng)
         return to_uint8(image), hr, record | ({"start": start} if start else {})
     double = rng.random() < DOUBLE_FAULT
     strongest = DOUBLE_STRONGEST if double else 1.0
@@ -401,7 +401,7 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
     natural = to_uint8(image)
     if not double:
         return natural, natural, record
-    image, fault = candidates.unnatural(image, cfg.scale, rng, strongest=strongest)
+    image, fault = candidates.unnatural(image, to_float(foreign), cfg.scale, rng, strongest=strongest)
     record |= {"method": f"{record['method']}+{fault['method']}", "second": fault}
     return to_uint8(image), natural, record
 

@@ -18,8 +18,9 @@ from common.metrics import down
 RESAMPLERS = ("nearest", "bilinear", "bicubic", "lanczos")
 POST_FILTERS = ("none", "unsharp", "median", "denoise")
 INCONSISTENT = ("warp", "color_drift", "foreign", "texture")
-UNNATURAL = ("blur", "motion_blur", "ringing", "oversharpen", "noise", "gray_noise", "jpeg", "mosaic", "smear",
-             "grain")
+# faults and how often each is drawn: most often what SR networks do
+UNNATURAL = {"blur": 2, "smear": 3, "invented": 3, "oversharpen": 2, "grain": 2, "ringing": 1, "motion_blur": 1, "noise": 1,
+             "gray_noise": 1, "jpeg": 1, "mosaic": 1}
 
 # Hacking probes of 03: name -> axis that it hurts, what was done to HR. Fixed strengths, plainly visible at 64 px and
 # inside the range that stage 01 trains on, so that a probe tests the judge and not the eye.
@@ -101,18 +102,19 @@ def match_colors(image: np.ndarray, like: np.ndarray) -> np.ndarray:
     return (image - image.mean((0, 1))) * gain + like.mean((0, 1))
 
 
-def unnatural(natural: np.ndarray, scale: int, rng: np.random.Generator, *,
+def unnatural(natural: np.ndarray, foreign: np.ndarray, scale: int, rng: np.random.Generator, *,
               strongest: float = 1.0) -> tuple[np.ndarray, dict]:
     """A fault that no photograph has; what it changes at LR size is put back, so that consistency is kept."""
-    image, record = add_fault(natural, strongest * float(rng.random()), rng)
+    image, record = add_fault(natural, foreign, strongest * float(rng.random()), rng)
     lost = (down(natural, scale) - down(image, scale)).astype(np.float32)
     image = image + resize(lost, natural.shape[1::-1], "bicubic")
     return image.clip(0, 1).astype(np.float32), record
 
 
-def add_fault(image: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """One of UNNATURAL at the given strength; `value` is its amount."""
-    method = str(rng.choice((*UNNATURAL, "grain")))                            # twice as likely as the others
+def add_fault(image: np.ndarray, foreign: np.ndarray, strength: float,
+              rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """One of UNNATURAL at the given strength; `value` is its amount. Some take detail of `foreign`."""
+    method = str(rng.choice(list(UNNATURAL), p=np.array(list(UNNATURAL.values())) / sum(UNNATURAL.values())))
     if method == "blur":
         value = amount(strength, 0.4, 3)                                      # sigma, px
         image = smooth(image, value)
@@ -135,6 +137,11 @@ def add_fault(image: np.ndarray, strength: float, rng: np.random.Generator) -> t
         value, block = amount(strength, 0.25, 1), int(rng.integers(3, 7))     # opacity, px
         small = resize(image, tuple(math.ceil(side / block) for side in image.shape[1::-1]), "area")
         image = image + value * (resize(small, image.shape[1::-1], "nearest") - image)
+    elif method == "invented":                                               # detail of another photograph
+        value, width = amount(strength, 0.1, 1), float(rng.uniform(0.7, 2))
+        own, other = image - smooth(image, width), foreign - smooth(foreign, width)
+        ours, theirs = (smooth((detail ** 2).mean(2, keepdims=True), 4) ** 0.5 for detail in (own, other))
+        image = image + value * (other * np.clip(ours / (theirs + 0.01), 0, 4) - own)
     elif method == "grain":                                                  # what weak generative SR invents
         value, channels = amount(strength, 0.2, 1.6), int(rng.choice((1, 3)))
         contrast = np.sqrt(smooth((image - smooth(image, 3)) ** 2, 4).mean(2, keepdims=True))

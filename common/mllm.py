@@ -52,7 +52,7 @@ ANSWER = re.compile(r"<thinking>((?:(?!</?thinking>|</?answer>).)*)</thinking>"
 # Words for the reasoning of the cold start, worst to best
 CONSISTENCY_WORDS = ("other content", "far off", "off", "close", "same")
 NATURALNESS_WORDS = ("broken", "bad", "fair", "good", "natural")
-FAULTS = INCONSISTENT + UNNATURAL
+FAULTS = (*INCONSISTENT, *UNNATURAL)
 FACTS = {"base", "base_inside", "dtype", "lr_view", "candidate_view", "max_pixels", "prompt_version", "adapter"}
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
 
