@@ -47,7 +47,7 @@ from common.groups import SPLITS, all_groups, label_arrays, method_prior
 from common.images import TEXTURES, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
-MIN_ZOOM = 0.3333       # photographs are shrunk by a random factor of this to 1: many scales, few blurred pixels
+ZOOM = 0.25, 0.5        # photographs are shrunk by a random factor: many scales, and each pixel as sharp as SR should be
 MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sky, all candidates look alike
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
@@ -311,10 +311,10 @@ def draw_crop(cfg: Config, image: np.ndarray, name: str) -> tuple[np.ndarray, di
     """A random square of the picture, shrunk to the crop size; flat ones are drawn again."""
     rng = run.np_rng(cfg.seed, "crop", name)
     size, (height, width) = cfg.crop_size, image.shape[:2]
-    smallest = max(MIN_ZOOM, size / min(height, width)) if cfg.hr_dir else 1.0
+    low, high = ZOOM if cfg.hr_dir else (1.0, 1.0)
     best = -1.0, None, None
     for _ in range(CROP_TRIES):
-        side = min(round(size / smallest ** rng.random()), height, width)      # the zoom is log-uniform
+        side = min(round(size / (low * (high / low) ** rng.random())), height, width)      # log-uniform
         x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         flip = bool(rng.integers(2))
         crop = resize(image[y:y + side, x:x + side], (size, size), "bicubic")

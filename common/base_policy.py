@@ -35,9 +35,10 @@ LEARNING_RATE = 2e-3            # AdamW, 50 steps of warm-up, then half a cosine
 EMA = 0.99                      # decay per step of the averaged weights, which are kept
 SAVE_EVERY = 200                # steps between checkpoints
 STEPS, GAIN = 4, 0.25           # default sampling of what is saved: sharper than bicubic, and not below it in PSNR
-CANDIDATE_STEPS = (1, 2, 4, 5, 10)      # T of candidates
-CANDIDATE_GAINS = (0.25, 0.5, 1.0)
-CANDIDATE_NOISE = (0.7, 1.2)    # spread of their first latent: below 1 detail is fainter, above 1 it is grain
+CANDIDATE_STEPS = (1, 2, 5)             # T of candidates
+CANDIDATE_GAINS = (0.1, 1.0)            # from smooth to grainy
+CANDIDATE_NOISE = (0.7, 1.2)            # spread of their first latent: below 1 detail is fainter, above 1 it is grain
+REGRESSED = 0.4                         # part of the candidates that are the regressor's image: no detail is drawn
 EARLY_CANDIDATES = 0.25         # part of the candidates that come from early/
 
 
@@ -163,12 +164,14 @@ def loaded(folder: Path) -> Policy:
 def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """A sample for LR uint8 [h, w, 3] at a random setting: (uint8 [H, W, 3], record); the method names the setting."""
     stage = "early" if rng.random() < EARLY_CANDIDATES else "base"
-    steps, gain = int(rng.choice(CANDIDATE_STEPS)), float(rng.choice(CANDIDATE_GAINS))
-    spread = float(rng.uniform(*CANDIDATE_NOISE))
     policy = loaded(folder / "early" if stage == "early" else folder)
-    policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
     seen = policy.observe(torch.from_numpy(lr).permute(2, 0, 1)[None].float().div(255))
+    if rng.random() < REGRESSED:
+        return to_pixels(policy.mean(seen).clamp(0, 1))[0], {"method": "regressor"}
+    steps = int(rng.choice(CANDIDATE_STEPS))
+    gain, spread = float(rng.uniform(*CANDIDATE_GAINS)), float(rng.uniform(*CANDIDATE_NOISE))
+    policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
     noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
                                  seen.device)
     image = to_pixels(sr_policy.restore(policy, seen, spread * noise))[0]
-    return image, {"method": f"{stage}-steps{steps}-gain{gain:g}", "noise": round(spread, 3)}
+    return image, {"method": f"{stage}-steps{steps}", "gain": round(gain, 3), "noise": round(spread, 3)}
