@@ -25,7 +25,6 @@ Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  
                                   manifest.json
 Expect  on the demo the results table of README.md
 """
-import contextlib
 import html
 import re
 import time
@@ -35,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +48,6 @@ from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
-from common.training import adapter_off
 
 # scorer -> (its name in the table, what it sees)
 SCORERS = {
@@ -141,12 +138,13 @@ def crop_for(judged_by: Path, source: Path) -> int:
 
 
 def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge:
-    """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
-    if isinstance(judge.model, PeftModel):
-        return judge
-    source = judged_by / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
-    views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
-    return replace(judge, model=mllm.load_model(source, judge.device, dtype=settings["dtype"], **views).model)
+    """The judge with the model that GRPO started from."""
+    cold, views = judged_by / "cold_start", {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
+    source = cold / "model" if (cold / "model").is_dir() else settings["model"]
+    first = mllm.load_model(source, judge.device, dtype=settings["dtype"], **views)
+    if (cold / "adapter").is_dir():
+        first.model = mllm.with_adapter(first, cold / "adapter").eval()
+    return replace(judge, model=first.model)
 
 
 def blind_judge(judged_by: Path, settings: dict) -> Path | None:
@@ -590,8 +588,7 @@ def main(cfg: Config) -> None:
                                             **forward)[0]}
     measured["judge"], seconds = score_groups(judge, source, groups, groups, desc="judge", **forward)
     for name, rival in other_judges(judge, judged_by, settings, blind):
-        with adapter_off(rival.model) if name == "before_grpo" else contextlib.nullcontext():
-            measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
+        measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
     for name, column in zip(PIXELS, measure_pixels(source, groups).unbind(-1)):
         measured[name] = column[..., None].expand(-1, -1, len(AXES))
     scores = {name: dist.gather_rows(measured[name]).numpy().round(4)   # as in scores.jsonl: noise decides nothing

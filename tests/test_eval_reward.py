@@ -3,7 +3,6 @@ Stage 03: every scorer is what its name says, its numbers are those of plain loo
 
 Run     python -m pytest tests/test_eval_reward.py      # 1 min, most of it a toy run of 01 and 02
 """
-import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +19,6 @@ from common.groups import group_images, load_groups
 from common.images import read_image
 from common.metrics import AXES
 from common.replies import sample_replies
-from common.training import adapter_off
 from conftest import build_judge, load_stage, make_images, run_stage
 
 CPU = torch.device("cpu")
@@ -164,12 +162,9 @@ def test_every_scorer_is_what_its_name_says(evaluated):
             ("before_grpo", rivals["before_grpo"], groups, mllm.expected_scores(base, lrs, images)),
             ("lr_blind", blind, groups, mllm.expected_scores(
                 replace(blind, blind=False), [np.full_like(lr, 128) for lr in lrs], images))):
-        with adapter_off(by.model) if name == "before_grpo" else contextlib.nullcontext():
-            scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
+        scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
         assert scores.shape == (8, 4, 3) and seconds > 0
         torch.testing.assert_close(scores[:2], wanted.double(), rtol=0, atol=1e-5)
-    first = stage.judge_before_grpo(base, folder, {"cold_start_steps": 5, "dtype": "float32"})
-    assert first.model is not base.model        # without an adapter the cold start's model is read again
     pixels = stage.measure_pixels(source, groups)
     for g, (lr, hr) in enumerate(zip(lrs, hrs)):
         for c, image in enumerate(images[g]):
