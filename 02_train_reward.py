@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common import dist, grpo, metrics, mllm, report, run
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import Cohort, check_methods, load_cohorts, pick, require_enough
+from common.groups import Cohort, all_groups, check_methods, load_cohorts, pick, require_enough
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import (Images, answer_logp, encode, encode_images, forward, look_at, sample_replies, token_logp,
@@ -130,6 +130,7 @@ COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of t
 SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
 REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
 WEIGHT_DECAY, GRAD_NORM = 0.05, 1.0     # of AdamW and Muon; gradients are clipped to this norm
+CHOSEN_BY = ("val_mean_accuracy", "val_pair_accuracy")  # the first chooses the weights, the second is told beside
 MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")      # of grpo_loss, for replies and for digits
 
 
@@ -503,7 +504,11 @@ def grpo_step(judge: Judge, reference: Weights, cfg: Config, optimizers: dict, t
 # evaluate ------------------------------------------------------------------------------------------------------
 
 def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, float]:
-    """Pair accuracy of the expected read-out on each axis with pairs; val_pair_accuracy is overall's, else the mean."""
+    """
+    Pair accuracy of the expected read-out on each axis with pairs; val_mean_accuracy, their mean, chooses the weights.
+
+    val_pair_accuracy is overall's, or the mean where overall has no pairs.
+    """
     judge.model.eval()
     share, scores = mine(cohorts), torch.zeros(0, len(cohorts[0].images) * 3)
     if share:                           # without gradient four times as many groups fit
@@ -513,8 +518,8 @@ def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, floa
     results = {axis: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])
                for a, axis in enumerate(AXES)}
     accuracy = {axis: value for axis, (value, _, pairs) in results.items() if pairs.any()}
-    result = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}
-    return result | {"val_pair_accuracy": accuracy.get("overall", sum(accuracy.values()) / len(accuracy))}
+    result, mean = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}, np.mean([*accuracy.values()])
+    return result | {"val_pair_accuracy": accuracy.get("overall", float(mean)), "val_mean_accuracy": float(mean)}
 
 
 def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
@@ -540,9 +545,10 @@ def main(cfg: Config) -> None:
     run.open_stage(cfg, __file__, folder, free=mllm.FREE)
     # 1. data
     source = run.require(cfg.run, "01_build_dataset")
-    check_methods(source, cfg.held_out_methods)
-    train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
-    val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
+    groups = all_groups(source)
+    check_methods(source, groups, cfg.held_out_methods)
+    train, scale = load_cohorts(source, groups, "train", held_out=cfg.held_out_methods)
+    val, _ = load_cohorts(source, groups, "val", scale, cfg.held_out_methods)
     require_enough(len(train), groups_per_step=cfg.groups_per_step * bool(cfg.steps),
                    cold_start_groups=cfg.cold_start_groups * bool(cfg.cold_start_steps))
     size = round(sum(len(cohort.images) for cohort in train) / len(train))
@@ -552,7 +558,6 @@ def main(cfg: Config) -> None:
                 f"cold start: {cfg.cold_start_steps} steps of {cfg.cold_start_groups} groups\n"
                 f"grpo: {cfg.steps} steps of {cfg.groups_per_step} groups; each step writes {answers} answers, "
                 f"{with_reasoning} of them with reasoning")
-
 
     # 2. cold start
     cold = folder / "cold_start"
@@ -570,13 +575,13 @@ def main(cfg: Config) -> None:
     optimizers = make_optimizers(weights, cfg.lr, cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else 0)
     first, state = resume(folder, with_averaged(weights, averaged), optimizers)
     if not state:
-        accuracy = evaluate(judge, cfg, val)["val_pair_accuracy"]
-        state = {"cold_start": accuracy, "best": accuracy, "best_step": 0, "bad": 0, "seconds": 0.0}
+        found = {key: value for key, value in evaluate(judge, cfg, val).items() if key in CHOSEN_BY}
+        state = {"cold_start": found, "best": found, "best_step": 0, "bad": 0, "seconds": 0.0}
         if dist.is_main():
             run.save_tensors(folder / "best.safetensors", weights)
     run.trim_metrics(folder, cfg.cold_start_steps + first)
     run.trim_metrics(folder, first, "samples.jsonl")
-    dist.print0(f"before grpo: validation pair accuracy {state['cold_start']:.3f}")
+    dist.print0(f"before grpo: validation pair accuracy {state['cold_start']['val_pair_accuracy']:.3f}")
 
     # 4. GRPO
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="grpo", disable=not dist.is_main())
@@ -588,8 +593,8 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             with swapped(weights, averaged):
                 row |= evaluate(judge, cfg, val)
-                if row["val_pair_accuracy"] > state["best"]:
-                    state |= {"best": row["val_pair_accuracy"], "best_step": step + 1}
+                if row["val_mean_accuracy"] > state["best"]["val_mean_accuracy"]:
+                    state |= {"best": {key: row[key] for key in CHOSEN_BY}, "best_step": step + 1}
                     if dist.is_main():
                         run.save_tensors(folder / "best.safetensors", weights)
             bar.set_postfix(val=f"{row['val_pair_accuracy']:.3f}")
@@ -609,7 +614,8 @@ def main(cfg: Config) -> None:
     if dist.is_main():
         mllm.save_judge(judge, folder / "judge", base=base)
     run.write_manifest(folder, script=__file__, started=started, inputs=[source], results={
-        "val_pair_accuracy_cold_start": round(state["cold_start"], 4), "val_pair_accuracy": round(state["best"], 4),
+        **{f"{key}_cold_start": round(value, 4) for key, value in state["cold_start"].items()},
+        **{key: round(value, 4) for key, value in state["best"].items()},
         "best_step": state["best_step"], "parse_rate": round(rate, 4),
         "samples_per_second": round(cfg.steps * answers / max(state["seconds"], 1e-9), 1)})
     dist.finish()

@@ -18,7 +18,7 @@ import torch
 
 from common import grpo, metrics, mllm, token_tree
 from common.config import load_config
-from common.groups import Cohort, load_cohorts
+from common.groups import Cohort, all_groups, load_cohorts
 from common.replies import answer_logp, encode_images, look_at
 from common.training import adapter_off, copied, trainable
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage
@@ -305,7 +305,8 @@ def trainee(toy_run, toy_config) -> tuple:
     cfg = load_config(stage.Config, stage.__file__, [str(toy_config), "warmup_steps=1", "lr=0.01"])
     judge = stage.load_base(cfg, toy_run / "02_train_reward" / "cold_start" / "model", CPU)
     judge.model = stage.add_lora(judge.model, cfg)
-    return cfg, judge, load_cohorts(toy_run / "01_build_dataset", "train")[0]
+    source = toy_run / "01_build_dataset"
+    return cfg, judge, load_cohorts(source, all_groups(source), "train")[0]
 
 
 def test_a_grpo_step_changes_the_adapter_and_nothing_else(trainee, toy_run):
@@ -368,6 +369,12 @@ def test_what_02_leaves_behind(toy_run, toy_config, capsys):
         assert row["grad_norm"] > 0 and 0 <= row["ref_kl"] < 1 and abs(row["policy_kl"]) < 1e-9
     assert found[COLD_STEPS]["ref_kl"] == 0 and found[-1]["ref_kl"] > 0     # it begins as the reference itself
     assert found[0]["loss_reply"] > 2 * found[COLD_STEPS - 1]["loss_reply"] and results["parse_rate"] > 0
+    validated = [row for row in found[COLD_STEPS - 1:] if "val_mean_accuracy" in row]       # the last before GRPO, too
+    for row in validated:
+        axes = [row[f"val_{axis}_accuracy"] for axis in metrics.AXES]
+        assert row["val_mean_accuracy"] == pytest.approx(sum(axes) / 3) and row["val_pair_accuracy"] == axes[2]
+    best = max(validated, key=lambda row: row["val_mean_accuracy"])
+    assert [results[key] for key in stage.CHOSEN_BY] == pytest.approx([best[key] for key in stage.CHOSEN_BY], abs=1e-4)
     assert {"group", "candidate", "reply", "reward"} <= rows(folder / "samples.jsonl")[0].keys()
     assert [path.name for path in sorted((folder / "cold_start").iterdir())] == ["done.json", "model"]
     with pytest.raises(SystemExit) as stop:                         # the same command again
