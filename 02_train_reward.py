@@ -6,16 +6,18 @@ cold start teaches the answer form and a first idea of the scores. For GRPO the 
 to every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis (the read-out that
 later stages use). A reply is rewarded for ordering its candidate rightly among the *other candidates of the same LR*.
 
-What is left out of GRPO here: a second model as the reference (with LoRA it is the same network, adapter off) and a
-value network. The candidates of an LR image never leave their rank, so nothing depends on the number of GPUs.
+What is left out of GRPO here: a second model as the reference (it is the same network, with its trained weights as they
+were before GRPO) and a value network. The candidates of an LR image never leave their rank, so nothing depends on the
+number of GPUs.
 
 Run     python 02_train_reward.py configs/demo.yaml
         python 02_train_reward.py configs/demo.yaml run=runs/sft cold_start_steps=670 rank_weight=1 steps=0   # no GRPO
         python 02_train_reward.py configs/demo.yaml blind=true          # a judge without LR, for 03 to compare with
         torchrun --standalone --nproc_per_node=8 02_train_reward.py configs/full.yaml
 Reads   <run>/01_build_dataset/   groups.jsonl and its images
-Writes  <run>/02_train_reward/    cold_start/ (model before GRPO)  judge/ (best weights)  metrics.jsonl  curves.png
-                                  samples.jsonl (sampled replies)  checkpoints/  best.safetensors  manifest.json
+Writes  <run>/02_train_reward/    cold_start/ (model or adapter before GRPO)  judge/ (best weights)  metrics.jsonl
+                                  curves.png  samples.jsonl (sampled replies)  checkpoints/  best.safetensors
+                                  manifest.json
         <run>/02_train_reward_blind/    the same with blind=true; both may run at the same time
 Expect  on the demo see the results table in README.md
 
@@ -36,14 +38,14 @@ from tqdm import tqdm
 from common import dist, grpo, metrics, mllm, report, run
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import Cohort, check_methods, load_cohorts, pick, require_enough
+from common.groups import Cohort, all_groups, check_methods, load_cohorts, pick, require_enough
 from common.metrics import AXES
 from common.mllm import Judge
 from common.replies import (Images, answer_logp, encode, encode_images, forward, look_at, sample_replies, token_logp,
                             write_answers)
 from common.small_mllm import build_small
-from common.training import (Weights, adapter_off, average, copied, cosine, count_bad_steps, drop_checkpoints, merged,
-                             resume, save_checkpoint, set_lr, swapped, trainable, update)
+from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, resume,
+                             save_checkpoint, set_lr, swapped, trainable, update)
 
 
 @dataclass
@@ -61,7 +63,8 @@ class Config:
     max_pixels: int = 4096              # larger images are shrunk to this before the model sees them
     lr_view: str = "resized"            # "resized": LR bicubic to the candidate's size; "native": as it is
     candidate_view: str = "clip"        # "image": as it is; "clip": two frames, resized LR then candidate
-    lora_rank: int = 16                 # on the language model; 0: train all weights, reference a frozen copy
+    lora_rank: int = 16                 # one LoRA on the language model, of cold start and GRPO (small model: of GRPO
+                                        # alone); 0: train all weights
     blind: bool = False                 # a judge that sees plain gray in place of every LR image, all else the same
     # data ------------------------------------------------------------------------------------------------------
     held_out_methods: list[str] = field(default_factory=list)   # candidates of these methods are no part of training
@@ -127,7 +130,7 @@ COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of t
 SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
 REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
 WEIGHT_DECAY, GRAD_NORM = 0.05, 1.0     # of AdamW and Muon; gradients are clipped to this norm
-RESIZE = "choose hr_size of stage 01, max_pixels or model so"
+CHOSEN_BY = ("val_mean_accuracy", "val_pair_accuracy")  # the first chooses the weights, the second is told beside
 MEANS = ("policy_kl", "ref_kl", "clip_frac_low", "clip_frac_high")      # of grpo_loss, for replies and for digits
 
 
@@ -151,10 +154,10 @@ def add_lora(model: torch.nn.Module, cfg: Config) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=linears))
 
 
-def prepare(cfg: Config, judge: Judge, *, lora: bool) -> Judge:
-    """The same judge, with an adapter or all its weights to train."""
+def prepare(cfg: Config, judge: Judge, *, lora: bool, adapter: Path | None = None) -> Judge:
+    """The same judge with all its weights to train, or a LoRA: a new one, which changes nothing yet, or a saved one."""
     if lora:
-        judge.model = add_lora(judge.model, cfg)
+        judge.model = mllm.with_adapter(judge, adapter, trainable=True) if adapter else add_lora(judge.model, cfg)
     else:
         judge.model.requires_grad_(True)
     if cfg.gradient_checkpointing:
@@ -171,6 +174,13 @@ def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge
         depth=cfg.depth, heads=cfg.heads, vision_width=cfg.vision_width, vision_depth=cfg.vision_depth,
         max_pixels=cfg.max_pixels, lr_view=cfg.lr_view, candidate_view=cfg.candidate_view, blind=cfg.blind)
     return prepare(cfg, small, lora=False)
+
+
+def check_sizes(judge: Judge, cohorts: list[Cohort]) -> None:
+    """Stop if the judge would resample images; one cohort for each size of LR."""
+    some = {cohort.lr.shape: cohort for cohort in cohorts}.values()
+    mllm.check_sizes(judge, {cohort.images[0].shape[:2] for cohort in some},
+                     "choose hr_size of stage 01, max_pixels or model so")
 
 
 def make_optimizers(weights: Weights, lr: float, muon_lr: float = 0) -> dict[str, torch.optim.Optimizer]:
@@ -276,7 +286,8 @@ def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[C
 
 
 def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val: list[Cohort]) -> None:
-    """Supervised fine-tuning; writes <folder>/model and, last, done.json."""
+    """Supervised fine-tuning; writes <folder>/model or, with LoRA, <folder>/adapter and, last, done.json."""
+    check_sizes(judge, train + val)
     dist.barrier()                                              # every rank has seen that there is no done.json yet
     weights = trainable(judge.model)
     averaged = copied(weights)
@@ -301,8 +312,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
                             state={"bad": bad})
     with swapped(weights, averaged):
         if dist.is_main():
-            judge.model = merged(judge.model)
-            mllm.save_model(judge, folder / "model")
+            mllm.save_model(judge, folder / ("adapter" if isinstance(judge.model, PeftModel) else "model"))
             run.write_json(folder / "done.json", {"steps": cfg.cold_start_steps})
         dist.barrier()
 
@@ -446,10 +456,14 @@ def summary(judge: Judge, cfg: Config, rollouts: list[Rollout], rewards: list[tu
                 judge_parse_failures=unparsed / n, digit_parse_failures=no_digit / n_digits)
 
 
-def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, train: list[Cohort],
+def grpo_step(judge: Judge, reference: Weights, cfg: Config, optimizers: dict, train: list[Cohort],
               step: int) -> tuple[dict, list[dict]]:
-    """One GRPO step; returns a row of metrics, and the first reply to each candidate of one LR image."""
-    clock = [time.time()]
+    """
+    One GRPO step; reference: the trained weights as they were before GRPO.
+
+    Returns a row of metrics, and the first reply to each candidate of one LR image.
+    """
+    clock, weights = [time.time()], trainable(judge.model)
     cohorts = pick(train, cfg.seed, "grpo", step, cfg.groups_per_step)
     reasoned = {c.id for c in cohorts[::cfg.groups_per_step // cfg.reasoned_groups][:cfg.reasoned_groups]}
     # 1. sample
@@ -461,15 +475,15 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
     # 3. advantages
     advantages = [(advantages_of(replies), advantages_of(digits)) for replies, digits in rewards]
     # 4. learn
-    with torch.no_grad(), adapter_off(reference.model):
-        of_reference = [logp_of(reference, rollout)[::2] for rollout in rollouts]
+    with torch.no_grad(), swapped(weights, reference):
+        of_reference = [logp_of(judge, rollout)[::2] for rollout in rollouts]
     of_sampler, skipped, bad = None, 0, 0.0
     set_lr(optimizers, min(1, (step + 1) / cfg.warmup_steps) * cosine(step / cfg.steps, FINAL_LR))
     for _ in range(cfg.updates_per_rollout):
         stats, current = learn(judge, cfg, rollouts, advantages, reference=of_reference, sampler=of_sampler)
         of_sampler = of_sampler or current
         bad += stats.pop("nonfinite_losses")
-        norm, skip = update(trainable(judge.model), optimizers, GRAD_NORM, bad=bad)
+        norm, skip = update(weights, optimizers, GRAD_NORM, bad=bad)
         skipped += skip
     clock.append(time.time())
     # 5. log
@@ -490,7 +504,11 @@ def grpo_step(judge: Judge, reference: Judge, cfg: Config, optimizers: dict, tra
 # evaluate ------------------------------------------------------------------------------------------------------
 
 def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, float]:
-    """Pair accuracy of the expected read-out on each axis with pairs; val_pair_accuracy is overall's, else the mean."""
+    """
+    Pair accuracy of the expected read-out on each axis with pairs; val_mean_accuracy, their mean, chooses the weights.
+
+    val_pair_accuracy is overall's, or the mean where overall has no pairs.
+    """
     judge.model.eval()
     share, scores = mine(cohorts), torch.zeros(0, len(cohorts[0].images) * 3)
     if share:                           # without gradient four times as many groups fit
@@ -500,8 +518,8 @@ def evaluate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> dict[str, floa
     results = {axis: metrics.pair_accuracy(scores[:, :, a], [c.ranks[:, a] for c in cohorts])
                for a, axis in enumerate(AXES)}
     accuracy = {axis: value for axis, (value, _, pairs) in results.items() if pairs.any()}
-    result = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}
-    return result | {"val_pair_accuracy": accuracy.get("overall", sum(accuracy.values()) / len(accuracy))}
+    result, mean = {f"val_{axis}_accuracy": value for axis, value in accuracy.items()}, np.mean([*accuracy.values()])
+    return result | {"val_pair_accuracy": accuracy.get("overall", float(mean)), "val_mean_accuracy": float(mean)}
 
 
 def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
@@ -527,9 +545,10 @@ def main(cfg: Config) -> None:
     run.open_stage(cfg, __file__, folder, free=mllm.FREE)
     # 1. data
     source = run.require(cfg.run, "01_build_dataset")
-    check_methods(source, cfg.held_out_methods)
-    train, scale = load_cohorts(source, "train", held_out=cfg.held_out_methods)
-    val, _ = load_cohorts(source, "val", scale, cfg.held_out_methods)
+    groups = all_groups(source)
+    check_methods(source, groups, cfg.held_out_methods)
+    train, scale = load_cohorts(source, groups, "train", held_out=cfg.held_out_methods)
+    val, _ = load_cohorts(source, groups, "val", scale, cfg.held_out_methods)
     require_enough(len(train), groups_per_step=cfg.groups_per_step * bool(cfg.steps),
                    cold_start_groups=cfg.cold_start_groups * bool(cfg.cold_start_steps))
     size = round(sum(len(cohort.images) for cohort in train) / len(train))
@@ -540,35 +559,29 @@ def main(cfg: Config) -> None:
                 f"grpo: {cfg.steps} steps of {cfg.groups_per_step} groups; each step writes {answers} answers, "
                 f"{with_reasoning} of them with reasoning")
 
-    sizes = {cohort.images[0].shape[:2] for cohort in {cohort.lr.shape: cohort for cohort in train + val}.values()}
-
     # 2. cold start
-    base = cfg.model
-    if cfg.cold_start_steps:
-        base = folder / "cold_start" / "model"
-        if not (folder / "cold_start" / "done.json").exists():
-            judge = first_judge(cfg, train, device)
-            mllm.check_sizes(judge, sizes, RESIZE)
-            cold_start(cfg, folder / "cold_start", judge, train, val)
-        drop_checkpoints(folder / "cold_start")
+    cold = folder / "cold_start"
+    if cfg.cold_start_steps and not (cold / "done.json").exists():
+        cold_start(cfg, cold, first_judge(cfg, train, device), train, val)
+    drop_checkpoints(cold)
 
-    # 3. the judge to train and its reference: with LoRA the same, its adapter off
-    judge = reference = prepare(cfg, load_base(cfg, base, device), lora=cfg.lora_rank > 0)
-    mllm.check_sizes(judge, sizes, RESIZE)
-    if not cfg.lora_rank:
-        reference = load_base(cfg, base, device)
+    # 3. the judge to train: a LoRA goes on from the cold start, on the published model; the reference is its start
+    base = cold / "model" if (cold / "model").is_dir() else cfg.model
+    judge = prepare(cfg, load_base(cfg, base, device), lora=cfg.lora_rank > 0,
+                    adapter=cold / "adapter" if (cold / "adapter").is_dir() else None)
+    check_sizes(judge, train + val)
     weights = trainable(judge.model)
-    averaged = copied(weights)
+    averaged, reference = copied(weights), copied(weights)
     optimizers = make_optimizers(weights, cfg.lr, cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else 0)
     first, state = resume(folder, with_averaged(weights, averaged), optimizers)
     if not state:
-        accuracy = evaluate(judge, cfg, val)["val_pair_accuracy"]
-        state = {"cold_start": accuracy, "best": accuracy, "best_step": 0, "bad": 0, "seconds": 0.0}
+        found = {key: value for key, value in evaluate(judge, cfg, val).items() if key in CHOSEN_BY}
+        state = {"cold_start": found, "best": found, "best_step": 0, "bad": 0, "seconds": 0.0}
         if dist.is_main():
             run.save_tensors(folder / "best.safetensors", weights)
     run.trim_metrics(folder, cfg.cold_start_steps + first)
     run.trim_metrics(folder, first, "samples.jsonl")
-    dist.print0(f"before grpo: validation pair accuracy {state['cold_start']:.3f}")
+    dist.print0(f"before grpo: validation pair accuracy {state['cold_start']['val_pair_accuracy']:.3f}")
 
     # 4. GRPO
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="grpo", disable=not dist.is_main())
@@ -580,8 +593,8 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             with swapped(weights, averaged):
                 row |= evaluate(judge, cfg, val)
-                if row["val_pair_accuracy"] > state["best"]:
-                    state |= {"best": row["val_pair_accuracy"], "best_step": step + 1}
+                if row["val_mean_accuracy"] > state["best"]["val_mean_accuracy"]:
+                    state |= {"best": {key: row[key] for key in CHOSEN_BY}, "best_step": step + 1}
                     if dist.is_main():
                         run.save_tensors(folder / "best.safetensors", weights)
             bar.set_postfix(val=f"{row['val_pair_accuracy']:.3f}")
@@ -601,7 +614,8 @@ def main(cfg: Config) -> None:
     if dist.is_main():
         mllm.save_judge(judge, folder / "judge", base=base)
     run.write_manifest(folder, script=__file__, started=started, inputs=[source], results={
-        "val_pair_accuracy_cold_start": round(state["cold_start"], 4), "val_pair_accuracy": round(state["best"], 4),
+        **{f"{key}_cold_start": round(value, 4) for key, value in state["cold_start"].items()},
+        **{key: round(value, 4) for key, value in state["best"].items()},
         "best_step": state["best_step"], "parse_rate": round(rate, 4),
         "samples_per_second": round(cfg.steps * answers / max(state["seconds"], 1e-9), 1)})
     dist.finish()

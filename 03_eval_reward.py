@@ -25,7 +25,6 @@ Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  
                                   manifest.json
 Expect  on the demo the results table of README.md
 """
-import contextlib
 import html
 import re
 import time
@@ -35,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +48,6 @@ from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 from common.replies import answer_logp, sample_replies
-from common.training import adapter_off
 
 # scorer -> (its name in the table, what it sees)
 SCORERS = {
@@ -64,7 +61,9 @@ SCORERS = {
     "lr_psnr": ("LR-PSNR", "LR, candidate"),
     "sharpness": ("sharpness", "candidate")}
 PIXELS = ("psnr", "ssim", "lr_psnr", "sharpness")       # as in pixel_scores: one number for all axes
-RIVALS = ("lr_blind", "lr_shuffled", "method_prior", "before_grpo")  # the judge's margin over each is reported
+# the judge's margin over each of these is reported
+RIVALS = ("lr_blind", "lr_shuffled", "method_prior", "before_grpo", "lr_psnr", "sharpness")
+ENOUGH_PHOTOGRAPHS = 8                  # from so many on, intervals resample photographs, below LR images
 SHOWN = AXES[::-1]                      # order of the axes in tables
 TITLE = "The reward model on unseen photographs"
 RATER_SPLITS = 200                      # random halves of the raters of an LR image
@@ -141,12 +140,13 @@ def crop_for(judged_by: Path, source: Path) -> int:
 
 
 def judge_before_grpo(judge: Judge, judged_by: Path, settings: dict) -> Judge:
-    """The model that GRPO started from: the judge itself, to be used with its adapter off, if it has one."""
-    if isinstance(judge.model, PeftModel):
-        return judge
-    source = judged_by / "cold_start" / "model" if settings["cold_start_steps"] else settings["model"]
-    views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
-    return replace(judge, model=mllm.load_model(source, judge.device, dtype=settings["dtype"], **views).model)
+    """The judge with the model that GRPO started from."""
+    cold, views = judged_by / "cold_start", {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
+    source = cold / "model" if (cold / "model").is_dir() else settings["model"]
+    first = mllm.load_model(source, judge.device, dtype=settings["dtype"], **views)
+    if (cold / "adapter").is_dir():
+        first.model = mllm.with_adapter(first, cold / "adapter").eval()
+    return replace(judge, model=first.model)
 
 
 def blind_judge(judged_by: Path, settings: dict) -> Path | None:
@@ -293,53 +293,63 @@ def score_probes(judge: Judge, source: Path, groups: list[dict], *, seed: int, b
     return torch.cat(scores)
 
 
-def probe_rates(scores: np.ndarray, seed: int) -> dict:
+def probe_rates(scores: np.ndarray, seed: int, units: np.ndarray) -> dict:
     """
-    How often HR is scored above its probes (ties count half), from scores [G, 1 + probes, 3].
+    How often HR is scored above its probes (ties count half), from scores [G, 1 + probes, 3]; units: of `resampled`.
 
     `each`: probe -> axis -> rate; `all`: over all probes, of the overall score. A probe need not show on an axis that
     it does not hurt.
     """
     above = (1 + np.sign(scores[:, :1] - scores[:, 1:])) / 2                                 # [G, probes, 3]
     ones, means = np.ones(len(scores)), scores.mean(0).round(4).tolist()
-    return {"groups": len(scores), "all": metrics.rate(above[..., OVERALL].sum(1), len(PROBES) * ones, seed),
-            "each": {name: {axis: metrics.rate(above[:, p, a], ones, seed) for a, axis in enumerate(AXES)}
+    return {"groups": len(scores), "all": metrics.rate(above[..., OVERALL].sum(1), len(PROBES) * ones, seed, units),
+            "each": {name: {axis: metrics.rate(above[:, p, a], ones, seed, units) for a, axis in enumerate(AXES)}
                      for p, name in enumerate(PROBES)},
             "mean_scores": {name: dict(zip(AXES, row)) for name, row in zip(("hr", *PROBES), means)}}
 
 
 # statistics ------------------------------------------------------------------------------------------------
 
-def accuracies(scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int) -> tuple[dict, dict]:
+def resampled(groups: list[dict]) -> tuple[str, np.ndarray]:
+    """What intervals resample: "photographs", if there are enough, or "LR images"; and the number of each group's."""
+    names, numbers = np.unique([group["source"] for group in groups], return_inverse=True)
+    if len(names) >= ENOUGH_PHOTOGRAPHS:
+        return "photographs", numbers
+    return "LR images", np.arange(len(groups))
+
+
+def accuracies(scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int, units: np.ndarray) -> tuple[dict, dict]:
     """
     Scorer -> axis -> rate over the pairs that the labels do not tie; and likewise the judge minus each of RIVALS.
 
-    scores: [G, C, 3] per scorer; ranks [G, C, 3], NaN without label.
+    scores: [G, C, 3] per scorer; ranks [G, C, 3], NaN without label; units: of `resampled`.
     """
     accuracy, margin = {name: {} for name in scores}, {name: {} for name in RIVALS if name in scores}
     for a, axis in enumerate(AXES):
         counts = {name: metrics.pair_accuracy(values[..., a], ranks[..., a])[1:] for name, values in scores.items()}
         for name, (right, pairs) in counts.items():
-            accuracy[name][axis] = metrics.rate(right, pairs, seed)
+            accuracy[name][axis] = metrics.rate(right, pairs, seed, units)
         for name in margin:
-            margin[name][axis] = metrics.rate(counts["judge"][0] - counts[name][0], counts["judge"][1], seed)
+            margin[name][axis] = metrics.rate(counts["judge"][0] - counts[name][0], counts["judge"][1], seed, units)
     return accuracy, margin
 
 
-def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarray, seed: int) -> dict:
+def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarray, seed: int,
+                     units: np.ndarray) -> dict:
     """
     Sampled [g, C, K, 3] and expected [g, C, 3] scores of the same candidates, against their ranks [g, C, 3].
 
     A candidate none of whose replies parses has no sampled score: its pairs are left out for both read-outs.
     """
     mean = torch.from_numpy(sampled).nanmean(2).numpy()                                                     # [g, C, 3]
-    accuracy, _ = accuracies({"sampled": mean, "expected": expected}, np.where(np.isnan(mean), np.nan, ranks), seed)
+    accuracy, _ = accuracies({"sampled": mean, "expected": expected}, np.where(np.isnan(mean), np.nan, ranks), seed,
+                             units)
     return {"groups": len(mean), "replies_per_candidate": sampled.shape[2],
             "parse_rate": round(1 - float(np.isnan(sampled[..., 0]).mean()), 4), "accuracy": accuracy}
 
 
 def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.ndarray, ranks: np.ndarray,
-                            seed: int) -> dict:
+                            seed: int, units: np.ndarray) -> dict:
     """
     {pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `train` has.
 
@@ -352,7 +362,7 @@ def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.nd
         hits, better, worse = metrics.pair_hits(scores[g], ranks[g])
         inside = new[better] | new[worse]
         right[g], pairs[g] = hits[inside].sum(), inside.sum()
-    return {"pairs": int(pairs.sum()), **metrics.rate(right, pairs, seed)}
+    return {"pairs": int(pairs.sum()), **metrics.rate(right, pairs, seed, units)}
 
 
 def rater_agreement(groups: list[dict], seed: int) -> float | None:
@@ -387,13 +397,14 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
     if not train:
         notes.append("method prior left out: the train split has no labels")
     notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(ranks[..., a]).all()]
-    accuracy, margin = accuracies({name: scores[name] for name in scores if name not in lacking}, ranks, seed)
+    ci_over, units = resampled(groups)
+    accuracy, margin = accuracies({name: scores[name] for name in scores if name not in lacking}, ranks, seed, units)
     return {"summary": f"{len(groups)} LR groups x {ranks.shape[1]} candidates of {len(sources)} photographs "
                        f"({', '.join(sources[:4])}{', ..' * (len(sources) > 4)}); labels: {', '.join(kinds)}",
-            "accuracy": accuracy, "judge_minus": margin,
+            "ci_over": ci_over, "accuracy": accuracy, "judge_minus": margin,
             "srcc": {axis: metrics.mean_srcc(scores["judge"][..., a], ranks[..., a]) for a, axis in enumerate(AXES)},
             "new_methods": accuracy_on_new_methods(groups, train, scores["judge"][..., OVERALL], ranks[..., OVERALL],
-                                                   seed),
+                                                   seed, units),
             "rater_agreement": rater_agreement(groups, seed), "readouts": None, "probes": None, "notes": notes}
 
 
@@ -403,7 +414,7 @@ def headline(results: dict, images_per_second: float) -> dict:
     absent = dict.fromkeys(AXES, {"value": None, "ci95": None})
     blind = accuracy.get("lr_blind", absent)
     return {"pair_accuracy": accuracy["judge"]["overall"]["value"],
-            "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"],
+            "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"], "ci_over": results["ci_over"],
             "pair_accuracy_lr_blind": blind["overall"]["value"],
             "pair_accuracy_lr_shuffled": accuracy["lr_shuffled"]["overall"]["value"],
             "pair_accuracy_method_prior": accuracy.get("method_prior", absent)["overall"]["value"],
@@ -435,7 +446,7 @@ def tables(results: dict) -> report.Parts:
     """What a reader wants to see of results.json."""
     accuracy, new, readouts, probes = (results[key] for key in ("accuracy", "new_methods", "readouts", "probes"))
     parts = [f"{results['summary']}.", "## Pair accuracy",
-             [["pair accuracy [95 % interval over groups]", "sees", *SHOWN],
+             [[f"pair accuracy [95 % interval over {results['ci_over']}]", "sees", *SHOWN],
               *([*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy)],
              [["the judge is better, on the same pairs, than", *SHOWN],
               *([SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items())]]
@@ -578,7 +589,7 @@ def main(cfg: Config) -> None:
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
     train = leave_out(train, settings.get("held_out_methods", []))
-    with_hr = [group for group in groups if group["hr"] and not crop]           # replies and probes are of whole images
+    with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop]     # replies and probes: whole images
     chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
     mllm.check_sizes(judge, shown_sizes(source, groups, crop), "set crop= so")
@@ -590,8 +601,7 @@ def main(cfg: Config) -> None:
                                             **forward)[0]}
     measured["judge"], seconds = score_groups(judge, source, groups, groups, desc="judge", **forward)
     for name, rival in other_judges(judge, judged_by, settings, blind):
-        with adapter_off(rival.model) if name == "before_grpo" else contextlib.nullcontext():
-            measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
+        measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
     for name, column in zip(PIXELS, measure_pixels(source, groups).unbind(-1)):
         measured[name] = column[..., None].expand(-1, -1, len(AXES))
     scores = {name: dist.gather_rows(measured[name]).numpy().round(4)   # as in scores.jsonl: noise decides nothing
@@ -608,12 +618,12 @@ def main(cfg: Config) -> None:
     # 3. hacking probes, where there is a ground truth to tamper with
     probed = None
     if len(with_hr) > 1:
-        probed = dist.gather_rows(score_probes(judge, source, with_hr, seed=cfg.seed, batch=cfg.groups_per_forward))
-        probed = probed.numpy().round(4)
+        probed = dist.gather_rows(score_probes(judge, source, [groups[g] for g in with_hr], seed=cfg.seed,
+                                               batch=cfg.groups_per_forward)).numpy().round(4)
 
     # 4. results, and pictures of them
     if dist.is_main():
-        ranks = label_arrays(groups).ranks
+        ranks, (_, units) = label_arrays(groups).ranks, resampled(groups)
         if train:
             scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
         notes = []
@@ -629,12 +639,12 @@ def main(cfg: Config) -> None:
             written, sampled = read_replies(judge, replies)
             texts = {(chosen[g], c): text for (g, c, number), text in written.items() if number == 0}
             results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
-                sampled, scores["judge"][chosen], ranks[chosen], cfg.seed)
+                sampled, scores["judge"][chosen], ranks[chosen], cfg.seed, units[chosen])
         pictures = {SORTED: examples(source, groups, scores["judge"], ranks)}
         write_png(folder / "examples.png", pictures[SORTED])
         if probed is not None:
-            results["probes"] = probe_rates(probed, cfg.seed)
-            pictures["Hacking probes"] = probe_sheet(source, with_hr, probed, cfg.seed)
+            results["probes"] = probe_rates(probed, cfg.seed, units[with_hr])
+            pictures["Hacking probes"] = probe_sheet(source, [groups[g] for g in with_hr], probed, cfg.seed)
             write_png(folder / "probes.png", pictures["Hacking probes"])
         run.write_lines(folder / "scores.jsonl", score_lines(groups, scores["judge"], texts))
         run.write_json(folder / "results.json", results)

@@ -119,7 +119,12 @@ def check_label(axis: str, label: object, count: int) -> None:
 
 def load_groups(folder: str | Path, split: str) -> list[dict]:
     """Groups of one split of a finished stage 01, in file order; stops like all_groups, and if there are none."""
-    groups = [group for group in all_groups(folder) if group["split"] == split]
+    return in_split(folder, all_groups(folder), split)
+
+
+def in_split(folder: str | Path, groups: list[dict], split: str) -> list[dict]:
+    """Those of `folder`'s groups that are in a split; stops with one line if there are none."""
+    groups = [group for group in groups if group["split"] == split]
     if not groups:
         fail(f"{Path(folder) / 'groups.jsonl'} has no group in the split {split!r}: build one with more "
              "photographs or groups")
@@ -227,9 +232,9 @@ def has_method(candidate: dict, names: list[str]) -> bool:
     return not set(names).isdisjoint([candidate["method"], *candidate["method"].split("+")])
 
 
-def check_methods(folder: Path, names: list[str]) -> None:
-    """Stop at a name in held_out_methods that no candidate of the data set has."""
-    methods = {candidate["method"] for group in all_groups(folder) for candidate in group["candidates"]}
+def check_methods(folder: Path, groups: list[dict], names: list[str]) -> None:
+    """Stop at a name in held_out_methods that no candidate of the data set in `folder` has."""
+    methods = {candidate["method"] for group in groups for candidate in group["candidates"]}
     known = methods | {part for method in methods for part in method.split("+")}
     for name in names:
         if name not in known:
@@ -302,15 +307,15 @@ class Cohort:                           # one LR image and its C candidates
     targets: np.ndarray                 # [C, 3] 1..9, what the cold start teaches; NaN likewise
 
 
-def load_cohorts(folder: Path, split: str, scale: list[np.ndarray] | None = None,
+def load_cohorts(folder: Path, groups: list[dict], split: str, scale: list[np.ndarray] | None = None,
                  held_out: list[str] = ()) -> tuple[list[Cohort], list[np.ndarray]]:
     """
-    Labeled cohorts of a split; `scale`: sorted label scores per axis, made from this split when not given.
+    Labeled cohorts of a split of `folder`'s groups; `scale`: sorted label scores per axis, of this split if not given.
 
     All LR images stay in memory, and the first candidates (see IN_MEMORY); the others are read when they are asked for.
     held_out: methods whose candidates are left out of training; elsewhere they have no label here.
     """
-    groups = [group for group in load_groups(folder, split) if group["labels"]]
+    groups = [group for group in in_split(folder, groups, split) if group["labels"]]
     groups = leave_out(groups, held_out) if split == "train" and held_out else groups
     if not groups:
         fail(f"{folder}: the split {split} has no labels, so there is nothing to learn from: let people compare "

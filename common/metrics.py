@@ -66,11 +66,14 @@ def bootstrap_ci(values: np.ndarray, seed: int, *, counts: np.ndarray | None = N
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def rate(right: np.ndarray, pairs: np.ndarray, seed: int) -> dict:
+def rate(right: np.ndarray, pairs: np.ndarray, seed: int, units: np.ndarray | None = None) -> dict:
     """
-    {value, ci95}: sum(right [G]) / sum(pairs [G]) and its interval over groups. Groups without pairs do not count:
-    ci95 is None if only one is left, and so is value if none is left.
+    {value, ci95}: sum(right [G]) / sum(pairs [G]) and its interval over groups, or over units [G]: groups of one number
+    (crops of one photograph) are resampled together. What has no pairs does not count: ci95 is None if only one is
+    left, and so is value if none is left.
     """
+    if units is not None:
+        right, pairs = (np.bincount(units, values) for values in (right, pairs))
     right, pairs = right[pairs > 0], pairs[pairs > 0]
     if not len(pairs):
         return {"value": None, "ci95": None}

@@ -306,8 +306,8 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
 
 
 def save_model(judge: Judge, folder: Path) -> None:
-    """Model, tokenizer and image processor in one transformers folder."""
-    judge.net.save_pretrained(folder)
+    """Model, or its adapter alone if it has one, tokenizer and image processor in one folder."""
+    judge.model.save_pretrained(folder)
     judge.tokenizer.save_pretrained(folder)
     judge.processor.save_pretrained(folder)
 
@@ -320,20 +320,16 @@ def save_judge(judge: Judge, folder: Path, *, base: str | Path) -> None:
     A base inside the stage's folder is recorded relative to it, so that the run folder can be moved.
     """
     prompt = [*judge.head_ids, judge.image_id, *judge.between_ids, judge.image_id, *judge.tail_ids]
-    if isinstance(judge.model, PeftModel):
-        judge.model.save_pretrained(folder / "adapter")
-        judge.tokenizer.save_pretrained(folder / "adapter")
-        judge.processor.save_pretrained(folder / "adapter")
-    else:
-        save_model(judge, folder / "model")
-        base = folder / "model"
+    kind = "adapter" if isinstance(judge.model, PeftModel) else "model"
+    save_model(judge, folder / kind)
+    base = base if kind == "adapter" else folder / "model"
     inside = Path(base).is_relative_to(folder.parent)
     run.write_json(folder / "judge.json", {
         "base": str(Path(base).relative_to(folder.parent) if inside else base), "base_inside": inside,
         "dtype": str(judge.net.dtype).removeprefix("torch."), "lr_view": judge.lr_view,
         "candidate_view": judge.candidate_view, "blind": judge.blind,
         "max_pixels": judge.processor.size["longest_edge"],
-        "prompt_version": PROMPT_VERSION, "adapter": isinstance(judge.model, PeftModel),
+        "prompt_version": PROMPT_VERSION, "adapter": kind == "adapter",
         "prompt": judge.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)})
 
 
@@ -361,8 +357,13 @@ def load_judge(path: str | Path, device: torch.device) -> Judge:
                        candidate_view=facts["candidate_view"], blind=facts.get("blind", False))
     judge.processor.size["longest_edge"] = facts["max_pixels"]
     if facts["adapter"]:
-        try:
-            judge.model = PeftModel.from_pretrained(judge.model, path / "judge" / "adapter").to(device).eval()
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            fail(f"{path}: judge/adapter cannot be loaded ({error}); {again}")
+        judge.model = with_adapter(judge, path / "judge" / "adapter").eval()
     return judge
+
+
+def with_adapter(judge: Judge, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """The judge's model with the LoRA of a folder; stops with one line if it does not fit."""
+    try:
+        return PeftModel.from_pretrained(judge.model, folder, is_trainable=trainable).to(judge.device)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        fail(f"{folder} cannot be loaded ({error}); delete {folder.parents[1]} and run 02_train_reward.py again")

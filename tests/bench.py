@@ -35,7 +35,7 @@ from common import grpo, mllm
 from common.groups import Cohort
 from common.images import resize
 from common.replies import Images, answer_logp, encode, look_at
-from common.training import trainable
+from common.training import copied, trainable
 
 LRS, CANDIDATES, SIZE, TOKENS, K = 2, 4, 256, 32, 8
 stage = load_stage("02")
@@ -203,7 +203,8 @@ def in_a_child(way: str) -> float:
 def main(rounds: int = 3) -> None:
     cfg, judge, reference, cohorts = build()
     optimizers, count = stage.make_optimizers(trainable(judge.model), cfg.lr), itertools.count()
-    ways = {"ours": lambda: stage.grpo_step(judge, reference, cfg, optimizers, cohorts, next(count)),
+    start = copied(trainable(judge.model))
+    ways = {"ours": lambda: stage.grpo_step(judge, start, cfg, optimizers, cohorts, next(count)),
             "plain": lambda: plain_step(cfg, judge, reference, cohorts, optimizers)}
     with_trl = importlib.util.find_spec("trl") is not None
     steps = trl_rounds(cfg, judge, cohorts, rounds, ways) if with_trl else take_turns(ways, rounds)

@@ -370,7 +370,7 @@ def test_judgements_become_labels_that_02_and_03_take_and_the_built_ones_come_ba
     assert {tuple(label) for label in labels.values()} == {(), ("consistency",), metrics.AXES}
     assert json.loads((folder / "manifest.json").read_text())["results"]["label_source"] == "human"
     assert "| ann |" in (folder / "annotation_report.md").read_text()
-    train, scale = load_cohorts(folder, "train")
+    train, scale = load_cohorts(folder, all_groups(folder), "train")
     assert np.isnan(train[0].ranks[:, 1:]).all() and not any(map(len, scale)), "strengths of groups do not compare"
     for number, settings in (("02", ("cold_start_steps=2", "steps=1")), ("03", ("sampled_groups=0",))):
         done = run_stage(number, toy_config, f"run={folder.parent}", *settings)

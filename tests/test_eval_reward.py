@@ -3,7 +3,6 @@ Stage 03: every scorer is what its name says, its numbers are those of plain loo
 
 Run     python -m pytest tests/test_eval_reward.py      # 1 min, most of it a toy run of 01 and 02
 """
-import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +19,6 @@ from common.groups import group_images, load_groups
 from common.images import read_image
 from common.metrics import AXES
 from common.replies import sample_replies
-from common.training import adapter_off
 from conftest import build_judge, load_stage, make_images, run_stage
 
 CPU = torch.device("cpu")
@@ -67,7 +65,7 @@ def test_what_03_leaves_behind(evaluated):
     manifest, results = run.read_json(folder / "manifest.json"), run.read_json(folder / "results.json")
     assert set(manifest["inputs"]) == {"01_build_dataset", "02_train_reward"}
     assert set(manifest["results"]) == {
-        "pair_accuracy", "pair_accuracy_ci95", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
+        "pair_accuracy", "pair_accuracy_ci95", "ci_over", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
         "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
         "consistency_accuracy", "naturalness_accuracy", "consistency_lr_blind", "naturalness_lr_blind",
         "consistency_lr_psnr", "naturalness_sharpness",
@@ -164,12 +162,9 @@ def test_every_scorer_is_what_its_name_says(evaluated):
             ("before_grpo", rivals["before_grpo"], groups, mllm.expected_scores(base, lrs, images)),
             ("lr_blind", blind, groups, mllm.expected_scores(
                 replace(blind, blind=False), [np.full_like(lr, 128) for lr in lrs], images))):
-        with adapter_off(by.model) if name == "before_grpo" else contextlib.nullcontext():
-            scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
+        scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
         assert scores.shape == (8, 4, 3) and seconds > 0
         torch.testing.assert_close(scores[:2], wanted.double(), rtol=0, atol=1e-5)
-    first = stage.judge_before_grpo(base, folder, {"cold_start_steps": 5, "dtype": "float32"})
-    assert first.model is not base.model        # without an adapter the cold start's model is read again
     pixels = stage.measure_pixels(source, groups)
     for g, (lr, hr) in enumerate(zip(lrs, hrs)):
         for c, image in enumerate(images[g]):
@@ -234,11 +229,25 @@ def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run):
 
 # statistics ------------------------------------------------------------------------------------------------
 
+def test_intervals_are_over_photographs_where_there_are_enough():
+    """Four crops of each photograph, all ordered rightly in every other one: crops are no evidence of their own."""
+    stage = load_stage("03")
+    for photographs, kind, low in ((8, "photographs", 0.125), (7, "LR images", 11 / 28)):
+        groups = [{"source": f"{i % photographs}"} for i in range(4 * photographs)]
+        right = np.array([int(group["source"]) % 2 == 0 for group in groups])
+        ranks = np.tile(np.array([1.0, 2])[:, None], (len(groups), 1, 3))
+        over, units = stage.resampled(groups)
+        rate = stage.accuracies({"judge": np.where(right[:, None, None], -ranks, ranks)}, ranks, 0, units)[0]
+        assert over == kind and rate["judge"]["overall"]["value"] == round(right.mean(), 4)
+        ends = rate["judge"]["overall"]["ci95"]
+        assert ends[0] == pytest.approx(low, abs=0.04), ends
+
+
 def test_read_outs_leave_out_what_did_not_parse():
     stage, nan = load_stage("03"), np.nan
     sampled = np.array([[[9, nan], [1, 3], [nan, nan]]] * 2)[..., None].repeat(3, -1)
     expected, ranks = (np.array([row] * 2)[..., None].repeat(3, 2) for row in ([2.0, 1, 5], [1.0, 2, 3]))
-    found = stage.compare_readouts(sampled, expected, ranks, 0)
+    found = stage.compare_readouts(sampled, expected, ranks, 0, np.arange(2))
     assert found["parse_rate"] == 0.5 and found["accuracy"]["sampled"]["overall"]["value"] == 1
     assert found["accuracy"]["expected"]["overall"]["value"] == 1   # the third, wrong, is left out too
 
@@ -247,7 +256,7 @@ def test_accuracy_on_methods_that_training_never_showed():
     groups = [{"candidates": [{"method": name} for name in ("hr", "warp+blur", "new+blur")]}] * 2
     train = [{"candidates": [{"method": name} for name in ("hr", "warp", "blur+jpeg")]}]
     scores, ranks = np.array([[9.0, 5, 7]] * 2), np.array([[1.0, 2, 3]] * 2)            # the last pair is wrong
-    found = load_stage("03").accuracy_on_new_methods(groups, train, scores, ranks, 0)
+    found = load_stage("03").accuracy_on_new_methods(groups, train, scores, ranks, 0, np.arange(2))
     assert found == {"pairs": 4, "value": 0.5, "ci95": [0.5, 0.5]}
 
 
@@ -256,7 +265,7 @@ def test_probe_rates_count_ties_as_half():
     scores[:, 1:] -= 1
     scores[:2, 1] = 6                                                        # the first probe fools it twice
     scores[0, 2] = 5                                                         # and the second ties once
-    found = stage.probe_rates(scores, 0)
+    found = stage.probe_rates(scores, 0, np.arange(4))
     first, second = list(PROBES)[:2]
     assert found["each"][first]["overall"]["value"] == 0.5 and found["each"][second]["overall"]["value"] == 0.875
     assert found["all"]["value"] == pytest.approx((6 * 4 - 2.5) / 24, abs=1e-4)

@@ -13,21 +13,25 @@ import functools
 import importlib.util
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2Tokenizer,
                           Qwen2VLImageProcessorPil, Qwen3_5Config, Qwen3VLConfig, Qwen3VLProcessor)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.processing_utils import ProcessorMixin
 
-from common import metrics, mllm, token_tree
+from common import metrics, mllm, report, run, token_tree
+from common.config import load_config
 from common.images import resize
 from common.replies import answer_logp
 from common.small_mllm import SPECIAL_TOKENS, build_tokenizer
-from conftest import load_stage, make_images
+from conftest import load_stage, make_images, tree
 
 CPU = torch.device("cpu")
 # after <|endoftext|>, <|im_start|> and <|im_end|>, in the order of the Qwen2.5 and Qwen3 checkpoints
@@ -187,6 +191,51 @@ def test_a_frozen_vision_tower_is_out_of_the_graph(checkpoint):
     assert len(trained) == 3 * len(linears) * 2 and all("language_model" in n and "lora_" in n for n in trained)
     judge.model.requires_grad_(True)
     assert all(f.requires_grad for f in mllm.image_features(judge, [[lr, *images]])[0])
+
+
+def test_cold_start_and_grpo_are_one_lora_that_plain_peft_loads_on_the_published_model(toy_run, toy_config, tmp_path,
+                                                                                       monkeypatch):
+    """The run is also stopped in its GRPO: its reference has to be the cold start, not where it went on."""
+    hub, stage, log = tmp_path / "hub", load_stage("02"), report.log
+    save_random(hub, "qwen3_vl", build_tokenizer())
+    untouched, folders = tree(hub), [tmp_path / name / "02_train_reward" for name in ("whole", "stopped")]
+    for folder in folders:
+        folder.parent.mkdir()
+        (folder.parent / "01_build_dataset").symlink_to(toy_run / "01_build_dataset")
+        cfg = load_config(stage.Config, stage.__file__, [
+            str(toy_config), f"run={folder.parent}", f"model={hub}", "candidate_view=image", "lora_rank=4",
+            "cold_start_steps=4", "cold_start_lr=1e-2", "cold_start_replies=1", "steps=3", "lr=0.1",
+            "reasoned_groups=1", "replies=2", "max_reply_tokens=4", "save_every=1", "eval_every=1"])
+
+        def log_and_stop(at: Path, step: int, row: dict) -> None:
+            log(at, step, row)
+            if step == 5 and folder == folders[1]:
+                raise InterruptedError
+
+        monkeypatch.setattr(report, "log", log_and_stop)
+        with pytest.raises(InterruptedError) if folder == folders[1] else nullcontext():
+            stage.main(cfg)
+        monkeypatch.setattr(report, "log", log)
+    stage.main(cfg)
+    whole, stopped = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                      for folder in folders)
+    kl = [row["digit_ref_kl"] for row in whole[4:]]
+    assert kl == [row["digit_ref_kl"] for row in stopped[4:]] and kl[0] == 0 < min(kl[1:])
+
+    judge, group = mllm.load_judge(folder, CPU), make_images(0, 32, 32, count=1)
+    before = load_stage("03").judge_before_grpo(judge, folder, vars(cfg))
+    assert run.read_json(folder / "manifest.json")["results"]["best_step"] > 0 and tree(hub) == untouched
+    scores = [mllm.expected_scores(each, group[:1], [group[1:]])[0, 0, 0] for each in (judge, before)]
+    for adapter, score in zip((folder / "judge" / "adapter", folder / "cold_start" / "adapter"), scores):
+        named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == str(hub)
+        model = AutoModelForImageTextToText.from_pretrained(named)
+        plain = replace(judge, model=PeftModel.from_pretrained(model, adapter))
+        logp = stock_logp(plain, group, "<answer>consistency: ", 1)[0, judge.digit_ids]
+        expected = logp.softmax(0) @ torch.arange(1.0, 10.0).double()
+        torch.testing.assert_close(expected, score.double(), rtol=0, atol=1e-4)
+    bare = mllm.expected_scores(load(hub), group[:1], [group[1:]])[0, 0, 0]
+    assert len({round(float(score), 3) for score in (*scores, bare)}) == 3
 
 
 def test_bfloat16_weights_give_float32_log_probabilities(checkpoint):

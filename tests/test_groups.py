@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from common import groups, run
-from common.groups import Cohort, digit_targets, group_images, has_method, load_cohorts, load_groups, method_prior, pick
+from common.groups import (Cohort, all_groups, digit_targets, group_images, has_method, load_cohorts, load_groups,
+                           method_prior, pick)
 from common.images import write_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -122,11 +123,11 @@ def test_without_scores_the_best_and_the_worst_of_a_group_are_taught_as_9_and_1_
 # cohorts ---------------------------------------------------------------------------------------------------
 
 def test_a_split_whose_labels_tie_all_candidates_is_refused(stage01, capsys):
-    assert load_cohorts(stage01, "train")[0][0].targets[:, 2].tolist() == [7, 3]
+    assert load_cohorts(stage01, all_groups(stage01), "train")[0][0].targets[:, 2].tolist() == [7, 3]
     path = stage01 / "groups.jsonl"
     path.write_text(path.read_text().replace("[1, 2]", "[1, 1]"))
     with pytest.raises(SystemExit):
-        load_cohorts(stage01, "train")
+        load_cohorts(stage01, all_groups(stage01), "train")
     assert "the labels of the split train tell no two candidates apart" in capsys.readouterr().err
 
 
@@ -134,9 +135,9 @@ def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_t
         toy_run, tmp_path, monkeypatch, capsys):
     source = tmp_path / "01_build_dataset"
     shutil.copytree(toy_run / source.name, source)
-    in_memory, _ = load_cohorts(source, "val")
+    in_memory, _ = load_cohorts(source, all_groups(source), "val")
     monkeypatch.setattr(groups, "IN_MEMORY", 2 * sum(image.nbytes for image in in_memory[0].images))
-    cohorts, _ = load_cohorts(source, "val")
+    cohorts, _ = load_cohorts(source, all_groups(source), "val")
     assert [type(cohort.images) for cohort in cohorts] == [list] * 2 + [groups.OnDisk] * (len(in_memory) - 2)
     for a, b in zip(cohorts, in_memory, strict=True):
         assert all(np.array_equal(*pair) for pair in zip(a.images, b.images, strict=True)) and len(a.images) == 4
@@ -148,7 +149,7 @@ def test_candidates_beyond_what_fits_in_memory_are_read_when_asked_for_and_are_t
 
 def test_candidates_of_a_held_out_method_are_no_part_of_training(toy_run, capsys):
     source, names = toy_run / "01_build_dataset", ["warp", "noise"]
-    everyone, trained = (load_cohorts(source, "train", held_out=held)[0] for held in ([], names))
+    everyone, trained = (load_cohorts(source, all_groups(source), "train", held_out=held)[0] for held in ([], names))
     by_id = {cohort.id: cohort for cohort in everyone}
     assert len({len(cohort.images) for cohort in trained}) > 1              # groups are no longer of one size
     for cohort in trained:
@@ -157,12 +158,12 @@ def test_candidates_of_a_held_out_method_are_no_part_of_training(toy_run, capsys
         assert cohort.methods == [whole.methods[c] for c in rest]
         assert np.array_equal(cohort.ranks, whole.ranks[rest])
         assert all(np.array_equal(a, whole.images[c]) for a, c in zip(cohort.images, rest, strict=True))
-    for cohort in load_cohorts(source, "val", held_out=names)[0]:           # shown, and not counted
+    for cohort in load_cohorts(source, all_groups(source), "val", held_out=names)[0]:   # shown, and not counted
         hidden = [bool({"warp", "noise"} & set(method.split("+"))) for method in cohort.methods]
         assert np.array_equal(np.isnan(cohort.ranks).all(1), hidden)
     assert has_method({"method": "warp+blur"}, ["blur"]) and not has_method({"method": "warp"}, ["war"])
     with pytest.raises(SystemExit):
-        groups.check_methods(source, ["wrap"])
+        groups.check_methods(source, all_groups(source), ["wrap"])
     assert "did you mean 'warp'?" in capsys.readouterr().err
 
 

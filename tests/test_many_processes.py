@@ -33,13 +33,12 @@ def build_cohorts(count: int) -> list[Cohort]:
 
 
 class Trainee:
-    """A judge, its reference and its optimizer, made alike on every rank."""
+    """A judge, its first weights as the reference, and its optimizer, made alike on every rank."""
 
     def __init__(self):
-        (self.judge, self.cfg), (self.reference, _) = build_judge(**SETTINGS), build_judge(**SETTINGS)
-        self.reference.model.requires_grad_(False)
+        self.judge, self.cfg = build_judge(**SETTINGS)
         self.weights = training.trainable(self.judge.model)
-        self.averaged = training.copied(self.weights)
+        self.averaged, self.reference = training.copied(self.weights), training.copied(self.weights)
         self.optimizers = stage.make_optimizers(self.weights, self.cfg.lr)
         self.cohorts = build_cohorts(5)
 

@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,9 @@ import torch
 
 from common import grpo, metrics, mllm, token_tree
 from common.config import load_config
-from common.groups import Cohort, load_cohorts
+from common.groups import Cohort, all_groups, load_cohorts
 from common.replies import answer_logp, encode_images, look_at
-from common.training import adapter_off, trainable
+from common.training import adapter_off, copied, trainable
 from conftest import ROOT, build_judge, load_stage, make_images, run_stage
 
 CPU, NAN = torch.device("cpu"), math.nan
@@ -224,7 +223,8 @@ def test_a_frozen_vision_tower_sees_each_image_of_a_step_once(monkeypatch, lora_
     monkeypatch.setattr(judge.net, "get_image_features", lambda pixels, grids, **rest: (
         seen.append(len(grids)), look(pixels, grids, **rest))[1])
     optimizers = stage.make_optimizers(trainable(judge.model), cfg.lr)
-    stage.grpo_step(judge, judge if lora_rank else replace(judge), cfg, optimizers, gray_cohorts(40)[:2], 0)
+    reference = copied(trainable(judge.model))
+    stage.grpo_step(judge, reference, cfg, optimizers, gray_cohorts(40)[:2], 0)
     assert sum(seen) == 2 * 3 * (1 if lora_rank else 4)         # trained: rollout, reference, policy of two updates
 
 
@@ -260,7 +260,8 @@ def test_grpo_finds_out_by_itself_which_of_two_plain_candidates_is_better(best):
     make_digits_likely(judge, cohorts[0])
     judge.model.requires_grad_(True)
     optimizers = stage.make_optimizers(trainable(judge.model), cfg.lr, 0.01)
-    reward = [stage.grpo_step(judge, judge, cfg, optimizers, cohorts, step)[0]["digit_reward_mean"]
+    reference = copied(trainable(judge.model))
+    reward = [stage.grpo_step(judge, reference, cfg, optimizers, cohorts, step)[0]["digit_reward_mean"]
               for step in range(cfg.steps)]
     assert reward[-1] > 0.9 and reward[-1] > reward[0] + 0.1, reward
     assert stage.evaluate(judge, cfg, cohorts)["val_pair_accuracy"] == 1
@@ -304,7 +305,8 @@ def trainee(toy_run, toy_config) -> tuple:
     cfg = load_config(stage.Config, stage.__file__, [str(toy_config), "warmup_steps=1", "lr=0.01"])
     judge = stage.load_base(cfg, toy_run / "02_train_reward" / "cold_start" / "model", CPU)
     judge.model = stage.add_lora(judge.model, cfg)
-    return cfg, judge, load_cohorts(toy_run / "01_build_dataset", "train")[0]
+    source = toy_run / "01_build_dataset"
+    return cfg, judge, load_cohorts(source, all_groups(source), "train")[0]
 
 
 def test_a_grpo_step_changes_the_adapter_and_nothing_else(trainee, toy_run):
@@ -314,7 +316,8 @@ def test_a_grpo_step_changes_the_adapter_and_nothing_else(trainee, toy_run):
     plain = mllm.expected_scores(reference, *images)
     assert torch.equal(mllm.expected_scores(judge, *images), plain)     # a new adapter does nothing
     before = {name: p.detach().clone() for name, p in judge.model.named_parameters()}
-    row, _ = stage.grpo_step(judge, judge, cfg, stage.make_optimizers(trainable(judge.model), cfg.lr), cohorts, 0)
+    start = copied(trainable(judge.model))
+    row, _ = stage.grpo_step(judge, start, cfg, stage.make_optimizers(trainable(judge.model), cfg.lr), cohorts, 0)
     assert row["ratio_max"] == 1 and row["grad_norm"] > 0
     changed = {name for name, p in judge.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and changed <= set(trainable(judge.model)) and all("lora_" in name for name in changed)
@@ -325,8 +328,8 @@ def test_a_grpo_step_changes_the_adapter_and_nothing_else(trainee, toy_run):
 
 def test_a_second_update_per_rollout_is_off_policy(trainee):
     cfg, judge, cohorts = trainee
-    cfg.updates_per_rollout = 2
-    row, _ = stage.grpo_step(judge, judge, cfg, stage.make_optimizers(trainable(judge.model), cfg.lr), cohorts, 0)
+    cfg.updates_per_rollout, reference = 2, copied(trainable(judge.model))
+    row, _ = stage.grpo_step(judge, reference, cfg, stage.make_optimizers(trainable(judge.model), cfg.lr), cohorts, 0)
     assert row["ratio_max"] > 1.001 and row["policy_kl"] + row["digit_policy_kl"] > 0
 
 
@@ -366,6 +369,12 @@ def test_what_02_leaves_behind(toy_run, toy_config, capsys):
         assert row["grad_norm"] > 0 and 0 <= row["ref_kl"] < 1 and abs(row["policy_kl"]) < 1e-9
     assert found[COLD_STEPS]["ref_kl"] == 0 and found[-1]["ref_kl"] > 0     # it begins as the reference itself
     assert found[0]["loss_reply"] > 2 * found[COLD_STEPS - 1]["loss_reply"] and results["parse_rate"] > 0
+    validated = [row for row in found[COLD_STEPS - 1:] if "val_mean_accuracy" in row]       # the last before GRPO, too
+    for row in validated:
+        axes = [row[f"val_{axis}_accuracy"] for axis in metrics.AXES]
+        assert row["val_mean_accuracy"] == pytest.approx(sum(axes) / 3) and row["val_pair_accuracy"] == axes[2]
+    best = max(validated, key=lambda row: row["val_mean_accuracy"])
+    assert [results[key] for key in stage.CHOSEN_BY] == pytest.approx([best[key] for key in stage.CHOSEN_BY], abs=1e-4)
     assert {"group", "candidate", "reply", "reward"} <= rows(folder / "samples.jsonl")[0].keys()
     assert [path.name for path in sorted((folder / "cold_start").iterdir())] == ["done.json", "model"]
     with pytest.raises(SystemExit) as stop:                         # the same command again
