@@ -52,6 +52,7 @@ MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sk
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
 DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
+PAINTED = 0.5           # probability that an image of the base policy is painted over
 FAULT_ON_PARTIAL = 0.5  # probability that an unnatural fault starts from a partial image, not from the ground truth
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning
@@ -383,16 +384,13 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
     if kind == "resample":
         image, record = candidates.resampled(to_float(lr), (cfg.hr_size, cfg.hr_size), rng)
         return to_uint8(image), hr, record
-    if kind == "base":
-        image, record = base_policy.candidate(folder / "base", lr, rng)
-        return image, hr, record
-    if kind == "partial":
-        image, record = partial_detail(folder, rng, lr=lr, hr=image)
+    if kind in ("base", "partial"):
+        image, record = from_base(folder, rng, lr=lr, hr=image if kind == "partial" else None)
         return to_uint8(image), hr, record
     if kind == "unnatural":
         start = {}
         if cfg.base_steps and rng.random() < FAULT_ON_PARTIAL:
-            image, start = partial_detail(folder, rng, lr=lr, hr=image)
+            image, start = from_base(folder, rng, lr=lr, hr=image)
         image, record = candidates.unnatural(image, to_float(foreign), cfg.scale, rng)
         return to_uint8(image), hr, record | ({"start": start} if start else {})
     double = rng.random() < DOUBLE_FAULT
@@ -406,12 +404,22 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
     return to_uint8(image), natural, record
 
 
-def partial_detail(folder: Path, rng: np.random.Generator, *, lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, dict]:
-    """A sample of the base policy and a random share of what it lacks to the HR image: (float [H, W, 3], record)."""
+def from_base(folder: Path, rng: np.random.Generator, *, lr: np.ndarray,
+              hr: np.ndarray | None) -> tuple[np.ndarray, dict]:
+    """
+    What the base policy makes of LR, often painted over: (float [H, W, 3], record).
+
+    hr: a random share of what the image lacks to it is added; None: nothing is.
+    """
     image, record = base_policy.candidate(folder / "base", lr, rng)
-    share = float(rng.random())
     image = to_float(image)
-    return image + share * (hr - image), {"method": "partial", "strength": 1 - share, "from": record["method"]}
+    if rng.random() < PAINTED:
+        image, strength = candidates.painted(image, rng)
+        record |= {"method": "painted", "strength": strength, "base": record["method"]}
+    if hr is None:
+        return image, record
+    share = float(rng.random())
+    return image + share * (hr - image), {"method": "partial", "strength": 1 - share, "start": record}
 
 
 # is the set worth training on ----------------------------------------------------------------------------
