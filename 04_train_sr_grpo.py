@@ -11,8 +11,8 @@ The policy is the base policy of 01, or a published diffusion model (`policy`, `
 
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
 become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
-floor, or the held-out judge (the proxy label, which sees the ground truth) fell by more than is allowed. The best are
-kept.
+floor, or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
+more than is allowed. The best are kept.
 
 What is left out of GRPO here: CFG (1 in rollout and training: half the cost, nothing to distill); the first latent as
 an action (no signal is left in it, and the group shares it); with one update per rollout, the importance ratio (it is
@@ -98,7 +98,7 @@ class Config:
     # evaluation --------------------------------------------------------------------------------------------
     eval_every: int = 5                 # GRPO steps between evaluations, and candidates for the best
     eval_inputs: int = 60               # LR images of the val split, one fixed seed each
-    max_heldout_drop: float = 0.0       # of the held-out judge (the proxy, which sees the ground truth): a veto
+    max_gold_drop: float = 0.0          # of gold (the proxy label, which sees the ground truth), from the start: a veto
     save_every: int = 10                # steps between checkpoints
 
     def __post_init__(self):
@@ -301,7 +301,7 @@ def summary(judged: Tensor, fidelity: Tensor, useful: Tensor) -> dict[str, Tenso
 
 def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
              groups: list[dict]) -> tuple[dict[str, float], np.ndarray]:
-    """Mean score, LR-PSNR and held-out score of one deterministic sample per LR image; the samples [n, H, W, 3]."""
+    """Mean score, LR-PSNR and gold of one deterministic sample per LR image; the samples [n, H, W, 3]."""
     policy.eval()
     groups, device = mine(groups), policy.times.device
     lr, hr = image_batch(source, groups, "lr"), to_pixels(image_batch(source, groups, "hr"))
@@ -312,16 +312,16 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
                     for rows in torch.arange(len(groups)).split(cfg.samples_per_gpu)])
     judged, fidelity = score(judge, cfg, lr, sr)
     sr = sr.nan_to_num()
-    heldout = torch.tensor([metrics.held_out(*images)[0] for images in zip(to_pixels(sr), to_pixels(lr), hr)])
-    values = dist.gather_rows(torch.cat([judged, fidelity, heldout[:, None].to(judged)], 1)).mean(0).tolist()
-    return dict(zip(("val_reward", "val_lr_psnr", "val_heldout"), values)), to_pixels(dist.gather_rows(sr))
+    gold = torch.tensor([metrics.gold(*images)[0] for images in zip(to_pixels(sr), to_pixels(lr), hr)])
+    values = dist.gather_rows(torch.cat([judged, fidelity, gold[:, None].to(judged)], 1)).mean(0).tolist()
+    return dict(zip(("val_reward", "val_lr_psnr", "val_gold"), values)), to_pixels(dist.gather_rows(sr))
 
 
 def is_best(cfg: Config, values: dict[str, float], *, start: dict[str, float], best: dict[str, float],
             floor: float) -> bool:
     """Whether an evaluation has the highest score so far and neither veto; NaN never has. floor: of LR-PSNR, dB."""
     faithful = values["val_lr_psnr"] >= floor
-    not_fooled = values["val_heldout"] >= start["val_heldout"] - cfg.max_heldout_drop
+    not_fooled = values["val_gold"] >= start["val_gold"] - cfg.max_gold_drop
     return faithful and not_fooled and values["val_reward"] > best["val_reward"]
 
 
@@ -436,7 +436,7 @@ def main(cfg: Config) -> None:
     run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by], results={
         "reward_start": round(start["val_reward"], 4), "reward_end": round(end["val_reward"], 4),
         "lr_psnr_start": round(start["val_lr_psnr"], 3), "lr_psnr_end": round(end["val_lr_psnr"], 3),
-        "heldout_start": round(start["val_heldout"], 4), "heldout_end": round(end["val_heldout"], 4),
+        "gold_start": round(start["val_gold"], 4), "gold_end": round(end["val_gold"], 4),
         "lr_psnr_floor": round(floor, 3), "best_step": state["best_step"], "ratio_error_max": state["ratio_error"],
         "samples_per_second": round(samples / max(state["seconds"], 1e-9), 2)})
     dist.finish()

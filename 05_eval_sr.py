@@ -1,9 +1,9 @@
 """
 Compare the super-resolution policy before and after GRPO on the test photographs, with the same noise.
 
-Reported are the reward that stage 04 optimized, fidelity (PSNR, SSIM, LR-PSNR), and a held-out judge that 04 did not
-optimize: the proxy label, min(consistency, detail), which reads the ground truth (04 only drops checkpoints that
-it finds worse, on validation photographs). Bicubic up-sampling and the ground truth are reference rows. Intervals are
+Reported are the reward that stage 04 optimized, fidelity (PSNR, SSIM, LR-PSNR), and gold: the proxy label that the
+judge learned from, min(consistency, detail), which reads the ground truth. The policy was not trained on it, but 04
+drops checkpoints that it finds worse, on validation photographs: it is not held out. Bicubic up-sampling and the ground truth are reference rows. Intervals are
 paired bootstraps over test images.
 
 With lr_dir it restores a folder of yours instead: pictures of any size, no ground truth.
@@ -42,18 +42,20 @@ LONGEST_WAIT = timedelta(days=2)    # of ranks that are done for the one with th
 VARIANTS = ("bicubic", "base", "tuned", "hr")       # what is compared; base: before GRPO, tuned: after
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
-    "heldout": ("held-out judge", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the "
-                "ground truth. Stage 04 did not optimize it (on validation photographs, it drops checkpoints that "
-                "fall below the start); it should rise with the reward, or at least not fall"),
-    "proxy_consistency": ("consistency", "first half of the held-out judge: agreement with the ground truth at "
-                          "the size of LR, beyond what LR itself has wrong"),
+    "gold": ("gold", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the ground truth, and from "
+             "which the judge learned. Stage 04 did not optimize it (on validation photographs, it drops checkpoints "
+             "that fall below the start); where the reward rises and gold falls, the judge is fooled"),
+    "proxy_consistency": ("consistency", "first half of gold: agreement with the ground truth at the size of LR, "
+                          "beyond what LR itself has wrong"),
     "proxy_naturalness": ("naturalness", "second half: the detail of each fineness, place by place, of "
                           "the ground truth. Blur and noise both lower it"),
     "psnr": ("PSNR, dB", "pixel by pixel likeness to the ground truth. It rewards blur"),
     "ssim": ("SSIM", "likeness of local structure to the ground truth, up to 1"),
     "lr_psnr": ("LR-PSNR, dB", "likeness of the down-sampled image to LR: the guard against invented content. "
                 "The ground truth has a low one, too, as LR was degraded")}
-IN_MANIFEST = ("reward", "heldout", "psnr", "ssim", "lr_psnr")      # of METRICS, before and after
+IN_MANIFEST = {                     # results: of METRICS, which variants
+    "psnr": VARIANTS[:3], "ssim": VARIANTS[:3], "stlpips": VARIANTS[:3], "reward": VARIANTS,
+    "gold": ("base", "tuned"), "lr_psnr": VARIANTS[1:]}
 
 
 @dataclass
@@ -156,7 +158,7 @@ def bicubic(lr: Tensor, scale: int) -> np.ndarray:
 def measure(image: np.ndarray, lr: np.ndarray, hr: np.ndarray, models: dict[str, torch.nn.Module],
             device: torch.device) -> list[float]:
     """METRICS but the reward, then pyiqa's, of one uint8 image [H, W, 3]."""
-    values = [*metrics.held_out(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr),
+    values = [*metrics.gold(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr),
               metrics.lr_psnr(image, lr, len(hr) // len(lr))]
     x, y = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).to(device) for pixels in (image, hr))
     return values + [float(model(x, y) if model.metric_mode == "FR" else model(x)) for model in models.values()]
@@ -237,7 +239,7 @@ def examples(folder: Path, source: Path, groups: list[dict], values: np.ndarray,
         name = groups[i]["id"]
         images = {"LR": read_image(source / groups[i]["lr"])}
         images |= {variant: read_image(folder / f"{name}_{variant}.png") for variant in VARIANTS}
-        scores = {variant: f"reward {row[0]:.2f}<br>held-out {row[1]:.2f}" for variant, row in zip(VARIANTS, values[i])}
+        scores = {variant: f"reward {row[0]:.2f}<br>gold {row[1]:.2f}" for variant, row in zip(VARIANTS, values[i])}
         rows.append((f"{name} ({groups[i]['source']}): reward {gains[i]:+.2f}", images, scores))
     return rows
 
@@ -294,7 +296,7 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
     parts += [
         report.cards([("reward", *from_to("reward", ".2f")),
                       ("tuned sample preferred", f"{results['win_rate']:.0%}", "by the judge, same image and noise"),
-                      ("held-out judge", *from_to("heldout", ".3f")), ("LR-PSNR, dB", *from_to("lr_psnr", ".1f"))]),
+                      ("gold", *from_to("gold", ".3f")), ("LR-PSNR, dB", *from_to("lr_psnr", ".1f"))]),
         "<h2>Measured</h2>", report.table(table_rows(results, names), "tuned"),
         "<ul>", *(f"<li><b>{name}</b>: {meaning}.</li>" for name, meaning in names.values()), "</ul>",
         "<h2>Test images</h2><p>Not picked by eye: evenly spaced by gain, from the smallest on.</p>",
@@ -304,8 +306,8 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
     parts += [report.figure(report.row(images, {}), html.escape(caption)) for caption, images in large.items()]
     parts += [
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
-        "LR-PSNR and the held-out judge not to fall, the KL to the policy before GRPO to stay small.</p>",
-        report.curves(log, ("val_reward", "val_lr_psnr", "val_heldout", "ref_kl")),
+        "LR-PSNR and gold not to fall, the KL to the policy before GRPO to stay small.</p>",
+        report.curves(log, ("val_reward", "val_lr_psnr", "val_gold", "ref_kl")),
         "<h2>What this does not show</h2><p>The labels are a proxy computed from the ground truth, not people's votes. "
         "The intervals are over test images; these come from few photographs, so they say how sure the result is for "
         "such photographs, not for all.</p>"]
@@ -398,9 +400,9 @@ def main(cfg: Config) -> None:
     results = summarize(values.numpy(), list(names), cfg.seed) | {
         "win_rate": round(float(wins.mean()), 4), "images": len(groups), "seeds_per_image": cfg.seeds_per_image,
         "denoise_steps": policies["tuned"].sampler.steps}
-    headline = {f"{name}_{variant}": results["mean"][variant][name] for name in IN_MANIFEST
-                for variant in ("base", "tuned")}
-    headline |= {f"{name}_gain_ci95": results["gain_ci95"][name] for name in ("reward", "heldout")}
+    headline = {f"{name}_{variant}": results["mean"][variant].get(name) for name, variants in IN_MANIFEST.items()
+                for variant in variants}
+    headline |= {f"{name}_gain_ci95": results["gain_ci95"][name] for name in ("reward", "gold")}
     headline |= {"win_rate": results["win_rate"],
                  "seconds_per_image": round(float(seconds) / (len(groups) * cfg.seeds_per_image), 4)}
 

@@ -153,7 +153,7 @@ def detail_score(candidate: np.ndarray, reference: np.ndarray) -> float:
     return max(0.0, float(np.mean(scores)))
 
 
-def held_out(image: np.ndarray, lr: np.ndarray, hr: np.ndarray) -> tuple[float, float, float]:
+def gold(image: np.ndarray, lr: np.ndarray, hr: np.ndarray) -> tuple[float, float, float]:
     """The proxy label of a restored uint8 image [H, W, 3]: the lower of consistency and detail score, and these two."""
     consistency, detail = proxy_consistency(image, hr, lr), detail_score(image, hr)
     return min(consistency, detail), consistency, detail

@@ -61,6 +61,8 @@ seed: 0
 
 04_train_sr_grpo:
   denoise_steps: 4
+  gain: 4                         # the toy judge hardly sees less
+  std_floor: 0
   steps: 4
   inputs_per_step: 3
   samples_per_input: 3

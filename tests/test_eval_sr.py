@@ -82,17 +82,18 @@ def compared(stages, toy_config, tmp_path_factory) -> Path:
 
 def test_results_are_those_of_the_images(compared):
     results = run.read_json(compared / "manifest.json")["results"]
-    assert set(results) == {f"{name}_{variant}" for name in ("reward", "heldout", "psnr", "ssim", "lr_psnr")
-                            for variant in ("base", "tuned")} | {"reward_gain_ci95", "heldout_gain_ci95", "win_rate",
-                                                                 "seconds_per_image"}
+    assert set(results) == set(
+        "psnr_bicubic psnr_base psnr_tuned ssim_bicubic ssim_base ssim_tuned stlpips_bicubic stlpips_base "
+        "stlpips_tuned reward_bicubic reward_base reward_tuned reward_hr gold_base gold_tuned reward_gain_ci95 "
+        "gold_gain_ci95 lr_psnr_base lr_psnr_tuned lr_psnr_hr win_rate seconds_per_image".split())
     lines = [json.loads(line) for line in (compared / "per_image.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and {line["source"] for line in lines} <= {"chelsea", "coffee"}
-    for name in ("reward", "heldout", "psnr"):
+    for name in ("reward", "gold", "psnr"):
         gains = [line["tuned"][name] - line["base"][name] for line in lines]
         assert results[f"{name}_tuned"] - results[f"{name}_base"] == pytest.approx(np.mean(gains), abs=2e-4) != 0
         if name != "psnr":
             assert results[f"{name}_gain_ci95"] == pytest.approx(metrics.bootstrap_ci(np.array(gains), 0), abs=1e-4)
-    assert all(line["hr"]["heldout"] == 1 and line["hr"]["psnr"] == 100 for line in lines)
+    assert all(line["hr"]["gold"] == 1 and line["hr"]["psnr"] == 100 for line in lines)
     assert results["win_rate"] == pytest.approx(np.mean([line["wins"] for line in lines]), abs=1e-4)
     assert Image.open(compared / "images" / f"{lines[0]['id']}_tuned.png").size == (32, 32)
     assert len((compared / "table.md").read_text().splitlines()) == 2 + 5
@@ -119,7 +120,7 @@ def test_every_number_is_the_one_of_a_plain_loop(stages, tmp_path):
                 scores = mllm.expected_scores(
                     judge, [low[y:y + 4, x:x + 4] for y in (0, 4) for x in (0, 4)],
                     [[image[y:y + 16, x:x + 16]] for y in (0, 16) for x in (0, 16)])[:, 0].mean(0)
-                rows.append([float(0.25 * scores[0] + 0.75 * scores[2]), *metrics.held_out(image, low, truth),
+                rows.append([float(0.25 * scores[0] + 0.75 * scores[2]), *metrics.gold(image, low, truth),
                              metrics.psnr(image, truth), metrics.ssim(image, truth), metrics.lr_psnr(image, low, 4)])
             rewards[variant] = [row[0] for row in rows]
             assert values[n, v].tolist() == pytest.approx(np.mean(rows, 0), abs=1e-3)

@@ -144,7 +144,7 @@ def test_proxy_scores_are_those_of_plain_loops():
         assert metrics.proxy_consistency(candidate, hr, lr) == pytest.approx(consistency, rel=1e-9)
         assert metrics.detail_score(candidate, hr) == pytest.approx(detail, rel=1e-9)
         wanted = (min(consistency, detail), consistency, detail)
-        assert metrics.held_out(candidate, lr, hr) == pytest.approx(wanted, rel=1e-9)
+        assert metrics.gold(candidate, lr, hr) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_an_error_that_the_lr_image_has_there_is_forgiven_and_no_other():
@@ -178,9 +178,9 @@ def test_the_ladder():
         bicubic = resize(lr, (64, 64), "bicubic")
         steps = [to_uint8((bicubic + part * (hr.astype(float) - bicubic)) / 255) for part in (1, 0.75, 0.5, 0.25, 0)]
         steps.append(resize(lr, (64, 64), "nearest"))
-        overall = [metrics.held_out(image, lr, hr)[0] for image in steps]
+        overall = [metrics.gold(image, lr, hr)[0] for image in steps]
         wins.append([better > worse for better, worse in zip(overall, overall[1:])])
         for i in (0, 2, 4):
-            grainy = [metrics.held_out(grain_like(steps[i], draw, replaces=how), lr, hr)[0] for how in (True, False)]
+            grainy = [metrics.gold(grain_like(steps[i], draw, replaces=how), lr, hr)[0] for how in (True, False)]
             wins[-1] += [overall[i] > score for score in grainy]
     assert np.mean(wins, 0).min() >= 0.9, np.mean(wins, 0)

@@ -340,7 +340,7 @@ def test_04_and_05_tune_and_compare_a_published_model(models, toy_config, toy_ru
         (tmp_path / stem).symlink_to(toy_run / stem)
     settings = [f"{key}={value}" for key, value in models["sd3"].items()]
     done = run_stage("04", toy_config, f"run={tmp_path}", "policy=sd3", "sampler=cps", "eta=0.8", "lr=0.02", "steps=2",
-                     "eval_every=1", "max_heldout_drop=1", *settings)
+                     "eval_every=1", "max_gold_drop=1", *settings)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "04_train_sr_grpo"
     results = run.read_json(folder / "manifest.json")["results"]

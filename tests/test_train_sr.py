@@ -298,10 +298,10 @@ def test_04_leaves_what_it_promises(tuned):
     folder = tuned / "04_train_sr_grpo"
     results, rows = run.read_json(folder / "manifest.json")["results"], rows_of(folder)
     assert results["ratio_error_max"] < 1e-5 and results["reward_end"] >= results["reward_start"]
-    assert results["heldout_end"] >= results["heldout_start"]
+    assert results["gold_end"] >= results["gold_start"]
     assert results["lr_psnr_end"] >= results["lr_psnr_floor"]
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[0]["ref_kl"] == 0 < rows[3]["ref_kl"]
-    assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_heldout"} <= set(rows[1])
+    assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_gold"} <= set(rows[1])
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_000{i}.png" for i in (0, 2, 4)]
     trained = load_file(folder / "checkpoints" / "step_000004" / "weights.safetensors")
     assert all("lora" in name for name in trained)                      # nothing else is trained
@@ -343,9 +343,9 @@ def test_weights_that_fool_the_reward_are_not_kept(toy_config, tuned, tmp_path, 
     highest = max(rows_of(tmp_path / "run" / "04_train_sr_grpo"), key=lambda row: row["val_reward"])
     assert highest["val_reward"] > 1.01 * results["reward_start"] and highest["val_reward"] > results["reward_end"]
     assert (highest["val_lr_psnr"] < results["lr_psnr_floor"]
-            or highest["val_heldout"] < results["heldout_start"])           # so it was vetoed
+            or highest["val_gold"] < results["gold_start"])               # so it was vetoed
     assert results["lr_psnr_end"] >= results["lr_psnr_floor"]
-    assert results["heldout_end"] >= results["heldout_start"]
+    assert results["gold_end"] >= results["gold_start"]
     cfg = load_config(STAGE.Config, STAGE.__file__, [str(toy_config), f"run={tmp_path}"])
     source = tuned / "01_build_dataset"
     val = STAGE.pairs_of(source, "val")
@@ -356,11 +356,11 @@ def test_weights_that_fool_the_reward_are_not_kept(toy_config, tuned, tmp_path, 
 
 
 @pytest.mark.parametrize("changes, best", [
-    ({}, True), ({"val_lr_psnr": 29.7}, True), ({"val_lr_psnr": 29.6}, False), ({"val_heldout": 0.49}, False),
+    ({}, True), ({"val_lr_psnr": 29.7}, True), ({"val_lr_psnr": 29.6}, False), ({"val_gold": 0.49}, False),
     ({"val_reward": 5.4}, False), ({"val_lr_psnr": NAN}, False), ({"val_reward": NAN}, False)])
 def test_two_vetoes_and_the_highest_score(changes, best):
-    start = {"val_reward": 5.0, "val_lr_psnr": 30.0, "val_heldout": 0.5}
-    assert STAGE.is_best(settings(max_heldout_drop=0.0), start | {"val_reward": 6.0} | changes,
+    start = {"val_reward": 5.0, "val_lr_psnr": 30.0, "val_gold": 0.5}
+    assert STAGE.is_best(settings(max_gold_drop=0.0), start | {"val_reward": 6.0} | changes,
                          start=start, best=start | {"val_reward": 5.5}, floor=29.7) is best
 
 
