@@ -53,9 +53,9 @@ CROP_TRIES = 20         # draws until a crop has that much detail; then the best
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
 DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
 PAINTED = 0.5           # probability that an image of the base policy is painted over
-FAULT_ON_PARTIAL = 0.5  # probability that an unnatural fault starts from a partial image, not from the ground truth
+FAULT_ON_PARTIAL = 0.8  # probability that an unnatural fault starts from a partial image, not from the ground truth
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
-PRIOR_LIMIT = 0.75      # more of the test pairs explained by method names alone gets a warning
+PRIOR_LIMIT = 0.8       # more of the test pairs explained by method names alone gets a warning
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "labels", "workers",
