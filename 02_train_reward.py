@@ -2,7 +2,8 @@
 Train the LR-conditioned reward model: supervised cold start, then GRPO on rankings inside each LR group.
 
 A multimodal LLM sees the LR image and one SR candidate, reasons, and scores consistency, naturalness and overall. The
-cold start teaches the answer form and a first idea of the scores. For GRPO the model then writes two kinds of replies
+cold start teaches the answer form and a first idea of the scores; no reasons, but to the small model, which knows no
+word: templates that say nothing of what it sees. For GRPO the model then writes two kinds of replies
 to every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis (the read-out that
 later stages use). A reply is rewarded for ordering its candidate rightly among the *other candidates of the same LR*.
 
@@ -125,7 +126,7 @@ class Config:
 
 
 LABEL_SIGMA = 0.6                       # digits; width of the soft label around the target score
-REPLY_WEIGHT = 0.3                      # of the composed replies beside the soft labels
+REPLY_WEIGHT = 0.3                      # of the replies' tokens beside the soft labels
 COLD_START_FINAL_LR, FINAL_LR = 0.3, 0.05   # of the peak, at the last step of the cold start and of GRPO
 SCORE_STD_FLOOR = 0.25                  # digits; keeps identical replies from making the ranking reward a step
 REWARD_STD_FLOOR = 0.3                  # rewards less their group's mean are divided by its std, or by this if larger
@@ -213,18 +214,28 @@ def why_skipped(row: dict) -> str:
 
 # cold start ----------------------------------------------------------------------------------------------------
 
-def lesson(judge: Judge, cfg: Config, cohort: Cohort, step: int) -> tuple[int, list[list[list[int]]]]:
-    """What a step teaches of a cohort: how it is shown (replies.turned), and 0 or 1 reply per candidate, token ids."""
-    rng, count = run.np_rng(cfg.seed, "cold start", step, cohort.id), len(cohort.images)
-    look, replies = int(rng.integers(cfg.looks)), [[] for _ in range(count)]
-    for c in rng.choice(count, min(cfg.cold_start_replies, count), replace=False):
-        replies[c].append(judge.encode(mllm.compose_reply(cohort.targets[c], cohort.methods[c])))
-    return look, replies
-
-
-def supervised_losses(judge: Judge, cfg: Config, cohorts: list[Cohort], looks: list[int], replies: list) -> Tensor:
+def lesson(judge: Judge, cfg: Config, cohort: Cohort, step: int) -> tuple[int, list[list[list[int]]], list[bool]]:
     """
-    Summed losses [3]: soft labels on the digits behind the stems, next tokens of the replies, order of the candidates.
+    What a step teaches of a cohort: how it is shown (replies.turned), 0 or 1 reply per candidate, token ids, and which
+    tokens of all these replies are taught: all to the small model, form and digits alone to one that can reason.
+    """
+    rng, count = run.np_rng(cfg.seed, "cold start", step, cohort.id), len(cohort.images)
+    look, replies, taught = int(rng.integers(cfg.looks)), [[] for _ in range(count)], []
+    for c in sorted(rng.choice(count, min(cfg.cold_start_replies, count), replace=False)):
+        if cfg.model == "small":
+            ids = judge.encode(mllm.compose_reply(cohort.targets[c], cohort.methods[c]))
+            some = [True] * len(ids)
+        else:
+            ids, some = mllm.form_of_reply(judge, cohort.targets[c])
+        replies[c].append(ids)
+        taught += some
+    return look, replies, taught
+
+
+def supervised_losses(judge: Judge, cfg: Config, cohorts: list[Cohort], looks: list[int], replies: list,
+                      taught: list[list[bool]]) -> Tensor:
+    """
+    Summed losses [3]: soft labels on digits behind the stems, taught tokens of the replies, order of the candidates.
 
     One row per LR: its candidates, their stems and replies share the prefix.
     """
@@ -236,7 +247,8 @@ def supervised_losses(judge: Judge, cfg: Config, cohorts: list[Cohort], looks: l
     digits = torch.arange(1, 10, device=judge.device)
     soft = (-((digits - targets[known, None]) / LABEL_SIGMA) ** 2 / 2).softmax(-1).float()   # [known, 9]
     direct = -(soft * log_softmax(logits[known], -1)[:, judge.digit_ids]).sum()
-    written = -token_logp(judge, hidden, token[:, None]).sum()
+    mask = torch.tensor(sum(taught, []), dtype=torch.bool, device=judge.device)                 # [tokens]
+    written = -token_logp(judge, hidden[mask], token[mask, None]).sum()
     order = direct.new_zeros(())
     if cfg.rank_weight:
         expected = logits[:, judge.digit_ids].softmax(-1) @ digits.float()                   # [N * 3]
@@ -264,16 +276,14 @@ def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[C
     """One update on this rank's cohorts, perhaps none; returns a row of metrics, over all ranks."""
     judge.model.train()
     lessons, counts = [lesson(judge, cfg, cohort, step) for cohort in cohorts], torch.zeros(3)
-    for cohort, (_, replies) in zip(cohorts, lessons):
+    for cohort, (_, _, taught) in zip(cohorts, lessons):
         ranked = (~np.isnan(cohort.ranks)).sum(0)                                            # [3] of C
-        counts += torch.tensor([(~np.isnan(cohort.targets)).sum(), sum(len(ids) for texts in replies for ids in texts),
-                                (ranked * (ranked - 1) // 2).sum()])
+        counts += torch.tensor([(~np.isnan(cohort.targets)).sum(), sum(taught), (ranked * (ranked - 1) // 2).sum()])
     counts = dist.all_sum(counts).clamp(min=1)                                               # terms of the three losses
     weights, sums, bad = torch.tensor([1, REPLY_WEIGHT, cfg.rank_weight]) / counts, torch.zeros(3), 0
     for at in range(0, len(cohorts), cfg.groups_per_forward):
         part = slice(at, at + cfg.groups_per_forward)
-        looks, replies = zip(*lessons[part])
-        losses = supervised_losses(judge, cfg, cohorts[part], looks, replies)                # [3]
+        losses = supervised_losses(judge, cfg, cohorts[part], *zip(*lessons[part]))          # [3]
         (losses * weights.to(losses)).sum().backward()
         sums += losses.detach().cpu()
         bad += int(not losses.isfinite().all())

@@ -3,10 +3,12 @@ Can the judge be trusted? Measured on the test photographs, which no training sa
 
 Pair accuracy is how often it orders two candidates of one LR image as the labels do; 0.5 is chance. The same pairs are
 ordered by its rivals: a judge trained as long without LR (blind=true of 02), which shows what LR is good for; the judge
-with the LR image of another photograph; the judge before GRPO; the mean training label of a candidate's method, which
-sees no pixel; PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups the two read-outs are
-compared: scores that the judge writes (sampled) and expectations over its digits (expected). Hacking probes are ground
-truth that was tampered with (common/candidates.py): an honest judge scores every one below the ground truth.
+with the LR image of another photograph; the judge before GRPO; a pretrained model before all training; the mean
+training label of a candidate's method, which sees no pixel (without training labels: its mean rank over the other LR
+images); PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups three read-outs are compared:
+scores that the judge writes (sampled), and expectations over its digits, behind one sampled thought (reasoned) and
+without (expected). Hacking probes are ground truth that was tampered with (common/candidates.py): an honest judge
+scores every one below the ground truth.
 
 A set that people voted on (import_from of stage 01, with judge= of another run) is judged in crops of the size that the
 judge learned on, and how far the raters agree with each other is said beside.
@@ -38,12 +40,12 @@ from scipy.ndimage import laplace
 from torch import Tensor
 from tqdm import tqdm
 
-from common import dist, metrics, mllm, ranking, report, run
+from common import dist, iqa, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, lr_image, method_prior,
-                           shown_sizes)
+from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, lr_image,
+                           method_prior, shown_sizes)
 from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
@@ -53,16 +55,18 @@ from common.replies import answer_logp, sample_replies
 SCORERS = {
     "judge": ("judge", "LR, candidate"),
     "before_grpo": ("judge before GRPO", "LR, candidate"),
+    "zero_shot": ("the same model before all training (zero-shot)", "LR, candidate"),
     "lr_shuffled": ("judge, LR of another group", "wrong LR, candidate"),
     "lr_blind": ("judge trained without LR", "candidate"),
-    "method_prior": ("method prior", "name of the method, no pixel"),
+    "method_prior": ("method prior", "name of the method, no pixel"),       # see PRIOR_LEFT_OUT
     "psnr": ("PSNR (full-reference)", "ground truth, candidate"),
     "ssim": ("SSIM (full-reference)", "ground truth, candidate"),
     "lr_psnr": ("LR-PSNR", "LR, candidate"),
     "sharpness": ("sharpness", "candidate")}
+PRIOR_LEFT_OUT = "method prior: mean rank over the other LR images"      # its name where no training label is
 PIXELS = ("psnr", "ssim", "lr_psnr", "sharpness")       # as in pixel_scores: one number for all axes
 # the judge's margin over each of these is reported
-RIVALS = ("lr_blind", "lr_shuffled", "method_prior", "before_grpo", "lr_psnr", "sharpness")
+RIVALS = ("lr_blind", "lr_shuffled", "method_prior", "before_grpo", "zero_shot", "lr_psnr", "sharpness")
 ENOUGH_PHOTOGRAPHS = 8                  # from so many on, intervals resample photographs, below LR images
 SHOWN = AXES[::-1]                      # order of the axes in tables
 TITLE = "The reward model on unseen photographs"
@@ -80,6 +84,7 @@ class Config:
     groups_per_forward: int = 16        # LR groups per forward pass and GPU: memory only
     sampled_groups: int = 12            # groups, spread over the split, with sampled replies, too; 0: none
     sampled_replies: int = 4            # replies per candidate there; the sampled score is their mean
+    pyiqa_metrics: list[str] = field(default_factory=list)  # rivals, if pyiqa is installed, e.g. musiq,clipiqa,lpips
     # SR methods on a folder of yours, without ground truth: with these, the test split is not looked at --------
     lr_dir: str | None = None           # folder of LR images
     sr_dirs: list[str] = field(default_factory=list)  # per SR method PATH or NAME=PATH; files named as in lr_dir
@@ -179,6 +184,10 @@ def other_judges(judge: Judge, judged_by: Path, settings: dict, blind: Path | No
         yield "before_grpo", judge_before_grpo(judge, judged_by, settings)
     if blind:
         yield "lr_blind", mllm.load_judge(blind, judge.device)
+    if settings.get("model", "small") != "small":
+        views = {"lr_view": judge.lr_view, "candidate_view": judge.candidate_view}
+        untouched = mllm.load_model(settings["model"], judge.device, dtype=settings["dtype"], **views)
+        yield "zero_shot", replace(judge, model=untouched.model)
 
 
 # scores ----------------------------------------------------------------------------------------------------
@@ -225,28 +234,32 @@ def score_groups(judge: Judge, source: Path, groups: list[dict], shown: list[dic
     return torch.cat(scores), seconds
 
 
-def measure_pixels(source: Path, groups: list[dict]) -> Tensor:
-    """PIXELS of this rank's groups, float64 [g, C, scorers]."""
-    rows = [torch.zeros(0, len(groups[0]["candidates"]), len(PIXELS), dtype=torch.float64)]
+def measure_pixels(source: Path, groups: list[dict], models: dict[str, torch.nn.Module],
+                   device: torch.device) -> Tensor:
+    """PIXELS, then pyiqa's `models`, of this rank's groups, float64 [g, C, scorers]; all so that higher is better."""
+    rows = [torch.zeros(0, len(groups[0]["candidates"]), len(PIXELS) + len(models), dtype=torch.float64)]
+    signs = np.array([-1 if model.lower_better else 1 for model in models.values()])
     for group in tqdm(mine(groups), desc="rivals", unit="group", disable=not dist.is_main()):
         lr, images, hr = group_images(source, group)
-        rows.append(torch.tensor([[pixel_scores(image, lr, hr, scale=group["scale"]) for image in images]],
+        rows.append(torch.tensor([[[*pixel_scores(image, lr, hr, scale=group["scale"]),
+                                    *signs * iqa.measure(models, image, hr, device)] for image in images]],
                                  dtype=torch.float64))
     return torch.cat(rows)
 
 
 @torch.no_grad()
 def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: int,
-           max_tokens: int) -> tuple[Tensor, Tensor]:
+           max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     Of this rank's share of the groups: K = `count` replies per candidate, token ids int64 [g, C, K, max_tokens], padded
-    with -1; and the probability that a direct answer is one of the nine digits, [g, C, 3].
+    with -1; the probability that a direct answer is one of the nine digits, [g, C, 3]; and the expected scores behind
+    the thought of the first reply that parses, [g, C, 3], NaN where none does.
 
     A reply's randomness depends on (seed, group, candidate, number) alone.
     """
     candidates = len(groups[0]["candidates"])
     replies = [torch.zeros(0, candidates, count, max_tokens, dtype=torch.int64)]
-    masses = [torch.zeros(0, candidates, len(AXES))]
+    masses, reasoned = ([torch.zeros(0, candidates, len(AXES))] for _ in range(2))
     digits = judge.digit_ids.expand(candidates * len(AXES), -1)
     for group in tqdm(mine(groups), desc="sample", unit="group", disable=not dist.is_main()):
         lr, images, _ = group_images(source, group)
@@ -256,7 +269,11 @@ def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: 
         uniforms = torch.rand(candidates, count, max_tokens, generator=run.generator(seed, "sampled", group["id"]))
         written = sample_replies(judge, features, grids, uniforms, [candidates])                    # C x K x ids
         replies.append(torch.tensor([[[ids + [-1] * (max_tokens - len(ids)) for ids in row] for row in written]]))
-    return torch.cat(replies), torch.cat(masses)
+        texts = [[mllm.reply_text(judge, ids) for ids in row] for row in written]
+        thoughts = [next((text.partition("<answer>")[0] for text in row if mllm.parse_reply(text)), None)
+                    for row in texts]
+        reasoned.append(mllm.expected_after(judge, features, grids, thoughts)[None])
+    return torch.cat(replies), torch.cat(masses), torch.cat(reasoned)
 
 
 def read_replies(judge: Judge, replies: Tensor) -> tuple[dict[tuple, str], np.ndarray]:
@@ -334,16 +351,16 @@ def accuracies(scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int, unit
     return accuracy, margin
 
 
-def compare_readouts(sampled: np.ndarray, expected: np.ndarray, ranks: np.ndarray, seed: int,
+def compare_readouts(sampled: np.ndarray, reasoned: np.ndarray, expected: np.ndarray, ranks: np.ndarray, seed: int,
                      units: np.ndarray) -> dict:
     """
-    Sampled [g, C, K, 3] and expected [g, C, 3] scores of the same candidates, against their ranks [g, C, 3].
+    Sampled [g, C, K, 3], reasoned and expected [g, C, 3] scores of the same candidates, against their ranks [g, C, 3].
 
-    A candidate none of whose replies parses has no sampled score: its pairs are left out for both read-outs.
+    A candidate none of whose replies parses has no sampled score: its pairs are left out for all read-outs.
     """
     mean = torch.from_numpy(sampled).nanmean(2).numpy()                                                     # [g, C, 3]
-    accuracy, _ = accuracies({"sampled": mean, "expected": expected}, np.where(np.isnan(mean), np.nan, ranks), seed,
-                             units)
+    accuracy, _ = accuracies({"sampled": mean, "reasoned": reasoned, "expected": expected},
+                             np.where(np.isnan(mean), np.nan, ranks), seed, units)
     return {"groups": len(mean), "replies_per_candidate": sampled.shape[2],
             "parse_rate": round(1 - float(np.isnan(sampled[..., 0]).mean()), 4), "accuracy": accuracy}
 
@@ -385,23 +402,22 @@ def rater_agreement(groups: list[dict], seed: int) -> float | None:
 
 
 def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int,
-             notes: list[str]) -> dict:
+             scorers: dict[str, tuple[str, str]], notes: list[str]) -> dict:
     """
-    results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score. notes: what
-    is to be said beside.
+    results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score. scorers: as
+    SCORERS; notes: what is to be said beside.
     """
     sources = sorted({group["source"] for group in groups})
     kinds = sorted({label["source"] for group in groups for label in group["labels"].values()})
     lacking = [name for name, values in scores.items() if np.isnan(values[~np.isnan(ranks)]).any()]
-    notes = notes + [f"{SCORERS[name][0]} left out: some groups lack the ground truth" for name in lacking]
-    if not train:
-        notes.append("method prior left out: the train split has no labels")
+    notes = notes + [f"{scorers[name][0]} left out: some groups lack the ground truth" for name in lacking]
     notes += [f"no label on {axis}" for a, axis in enumerate(AXES) if np.isnan(ranks[..., a]).all()]
     ci_over, units = resampled(groups)
     accuracy, margin = accuracies({name: scores[name] for name in scores if name not in lacking}, ranks, seed, units)
     return {"summary": f"{len(groups)} LR groups x {ranks.shape[1]} candidates of {len(sources)} photographs "
                        f"({', '.join(sources[:4])}{', ..' * (len(sources) > 4)}); labels: {', '.join(kinds)}",
-            "ci_over": ci_over, "accuracy": accuracy, "judge_minus": margin,
+            "ci_over": ci_over, "scorers": {name: scorers[name] for name in accuracy}, "accuracy": accuracy,
+            "judge_minus": margin,
             "srcc": {axis: metrics.mean_srcc(scores["judge"][..., a], ranks[..., a]) for a, axis in enumerate(AXES)},
             "new_methods": accuracy_on_new_methods(groups, train, scores["judge"][..., OVERALL], ranks[..., OVERALL],
                                                    seed, units),
@@ -416,10 +432,11 @@ def headline(results: dict, images_per_second: float) -> dict:
     return {"pair_accuracy": accuracy["judge"]["overall"]["value"],
             "pair_accuracy_ci95": accuracy["judge"]["overall"]["ci95"], "ci_over": results["ci_over"],
             "pair_accuracy_lr_blind": blind["overall"]["value"],
+            "pair_accuracy_zero_shot": accuracy.get("zero_shot", absent)["overall"]["value"],
             "pair_accuracy_lr_shuffled": accuracy["lr_shuffled"]["overall"]["value"],
-            "pair_accuracy_method_prior": accuracy.get("method_prior", absent)["overall"]["value"],
+            "pair_accuracy_method_prior": accuracy["method_prior"]["overall"]["value"],
             "margin_over_lr_blind_ci95": margin.get("lr_blind", absent)["overall"]["ci95"],
-            "margin_over_method_prior_ci95": margin.get("method_prior", absent)["overall"]["ci95"],
+            "margin_over_method_prior_ci95": margin["method_prior"]["overall"]["ci95"],
             "srcc": results["srcc"]["overall"],
             "consistency_accuracy": accuracy["judge"]["consistency"]["value"],
             "naturalness_accuracy": accuracy["judge"]["naturalness"]["value"],
@@ -428,6 +445,7 @@ def headline(results: dict, images_per_second: float) -> dict:
             "consistency_lr_psnr": accuracy["lr_psnr"]["consistency"]["value"],
             "naturalness_sharpness": accuracy["sharpness"]["naturalness"]["value"],
             "rater_agreement": results["rater_agreement"],
+            "pair_accuracy_reasoned": readouts and readouts["accuracy"]["reasoned"]["overall"]["value"],
             "sampled_accuracy": readouts and readouts["accuracy"]["sampled"]["overall"]["value"],
             "parse_rate": readouts and readouts["parse_rate"], "digit_mass": readouts and readouts["digit_mass"],
             "images_per_second": round(images_per_second, 1),
@@ -445,20 +463,22 @@ def cells(rates: dict) -> list[str]:
 def tables(results: dict) -> report.Parts:
     """What a reader wants to see of results.json."""
     accuracy, new, readouts, probes = (results[key] for key in ("accuracy", "new_methods", "readouts", "probes"))
+    scorers = results["scorers"]
     parts = [f"{results['summary']}.", "## Pair accuracy",
              [[f"pair accuracy [95 % interval over {results['ci_over']}]", "sees", *SHOWN],
-              *([*SCORERS[name], *cells(accuracy[name])] for name in SCORERS if name in accuracy)],
+              *([*scorers[name], *cells(rates)] for name, rates in accuracy.items())],
              [["the judge is better, on the same pairs, than", *SHOWN],
-              *([SCORERS[name][0], *cells(rates)] for name, rates in results["judge_minus"].items())]]
+              *([scorers[name][0], *cells(rates)] for name, rates in results["judge_minus"].items())]]
     if results["rater_agreement"]:
         parts.append(f"Two halves of the raters order {results['rater_agreement']:.3f} of the pairs alike, overall.")
     if new["pairs"]:
         parts.append(f"{new['pairs']} pairs have a method that training never showed: {report.interval(new)} overall.")
     if readouts:
-        parts += ["## Two read-outs",
-                  f"On {readouts['groups']} groups: mean of {readouts['replies_per_candidate']} sampled replies "
-                  f"({readouts['parse_rate']:.1%} of them parse), and expectation over the digits, which hold "
-                  f"{readouts['digit_mass']:.1%} of the probability of all tokens there.",
+        parts += ["## Three read-outs",
+                  f"On {readouts['groups']} groups. Sampled: mean of the scores in "
+                  f"{readouts['replies_per_candidate']} replies ({readouts['parse_rate']:.1%} of them parse). "
+                  "Reasoned: expectation over the digits behind the thought of one of them. Expected: the same without "
+                  f"a thought, where digits hold {readouts['digit_mass']:.1%} of the probability of all tokens.",
                   [["pair accuracy", *SHOWN], *([kind, *cells(rates)] for kind, rates in readouts["accuracy"].items())]]
     if probes:
         means = {name: f"{scores['overall']:.2f}" for name, scores in probes["mean_scores"].items()}
@@ -585,7 +605,7 @@ def main(cfg: Config) -> None:
     source = run.require(cfg.run, "01_build_dataset")
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     settings = run.settings_of(judged_by, "02_train_reward")
-    blind = blind_judge(judged_by, settings)
+    blind, models = blind_judge(judged_by, settings), iqa.load(cfg.pyiqa_metrics, device)
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
     train = leave_out(train, settings.get("held_out_methods", []))
@@ -602,16 +622,19 @@ def main(cfg: Config) -> None:
     measured["judge"], seconds = score_groups(judge, source, groups, groups, desc="judge", **forward)
     for name, rival in other_judges(judge, judged_by, settings, blind):
         measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
-    for name, column in zip(PIXELS, measure_pixels(source, groups).unbind(-1)):
+    names = [*PIXELS, *(f"pyiqa_{name}" for name in models)]
+    for name, column in zip(names, measure_pixels(source, groups, models, device).unbind(-1)):
         measured[name] = column[..., None].expand(-1, -1, len(AXES))
+    scorers = SCORERS | {f"pyiqa_{name}": (f"{name} (pyiqa)", "ground truth, candidate" if iqa.needs_truth(model) else
+                                           "candidate") for name, model in models.items()}
     scores = {name: dist.gather_rows(measured[name]).numpy().round(4)   # as in scores.jsonl: noise decides nothing
-              for name in SCORERS if name in measured}
+              for name in scorers if name in measured}
     seconds = float(dist.gather_rows(torch.tensor([seconds])).max())
 
     # 2. sampled replies on some groups
     replies = None
     if chosen:
-        replies, mass = map(dist.gather_rows, sample(
+        replies, mass, reasoned = map(dist.gather_rows, sample(
             judge, source, [groups[g] for g in chosen], seed=cfg.seed, count=cfg.sampled_replies,
             max_tokens=settings.get("max_reply_tokens", MAX_REPLY_TOKENS)))
 
@@ -624,14 +647,17 @@ def main(cfg: Config) -> None:
     # 4. results, and pictures of them
     if dist.is_main():
         ranks, (_, units) = label_arrays(groups).ranks, resampled(groups)
-        if train:
-            scores["method_prior"] = np.nan_to_num(method_prior(groups, train))
-        notes = []
+        scores["method_prior"] = np.nan_to_num(method_prior(groups, train) if train else left_out_prior(groups))
+        if not train:
+            scorers["method_prior"] = (PRIOR_LEFT_OUT, scorers["method_prior"][1])
+        scores, notes = {name: scores[name] for name in scorers if name in scores}, []
         if not settings:
             notes.append("judge before GRPO and judge trained without LR left out: the judge came without stage 02")
         elif not blind:
             notes.append(f"judge trained without LR left out: to get one, `{command_for_blind(judged_by)}`")
-        results, texts = evaluate(groups, train, scores, ranks, cfg.seed, notes), {}
+        if settings.get("model") == "small" and replies is not None:
+            notes.append("the words of the small model carry nothing: its cold start taught it templates")
+        results, texts = evaluate(groups, train, scores, ranks, cfg.seed, scorers, notes), {}
         if crop:
             results["notes"].append(f"images are larger than those the judge learned on: its scores are means over "
                                     f"crops of {crop} px, at most {cfg.crops_per_image} of each")
@@ -639,7 +665,8 @@ def main(cfg: Config) -> None:
             written, sampled = read_replies(judge, replies)
             texts = {(chosen[g], c): text for (g, c, number), text in written.items() if number == 0}
             results["readouts"] = {"digit_mass": round(float(mass.mean()), 4)} | compare_readouts(
-                sampled, scores["judge"][chosen], ranks[chosen], cfg.seed, units[chosen])
+                sampled, reasoned.double().numpy().round(4), scores["judge"][chosen], ranks[chosen], cfg.seed,
+                units[chosen])
         pictures = {SORTED: examples(source, groups, scores["judge"], ranks)}
         write_png(folder / "examples.png", pictures[SORTED])
         if probed is not None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import degrade, dist, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy
+from common import degrade, dist, iqa, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy
 from common.config import fail, load_config
 from common.groups import image_batch, judged_on, load_groups, require_one_size
 from common.images import find, listed, read_image, sheet, to_pixels, write_png
@@ -124,19 +124,6 @@ def judge_folder(cfg: Config, tuned_by: Path) -> Path:
     return Path(cfg.judge or optimized or tuned_by.parent / "02_train_reward")
 
 
-def load_pyiqa(names: list[str], device: torch.device) -> dict[str, torch.nn.Module]:
-    """Metrics of pyiqa by name. It is no dependency, its license is its own, and it downloads weights that it lacks."""
-    if not names:
-        return {}
-    try:
-        import pyiqa
-        if unknown := sorted(set(names) - set(pyiqa.list_models())):
-            fail(f"pyiqa_metrics: pyiqa has no metric {unknown[0]!r}; `pyiqa.list_models()` lists all")
-        return {name: pyiqa.create_metric(name, device=device) for name in names}
-    except (ImportError, OSError, RuntimeError) as error:
-        fail(f"pyiqa_metrics: {error}: install pyiqa (mind its license) and its weights, or leave the setting empty")
-
-
 # restore and measure ----------------------------------------------------------------------------------------
 
 def restore(policy: Policy, lr: Tensor, names: list[str], *, seed: int, samples: int) -> np.ndarray:
@@ -154,14 +141,12 @@ def bicubic(lr: Tensor, scale: int) -> np.ndarray:
     return to_pixels(sr_policy.upsample(lr, scale).clamp(0, 1))[:, None]
 
 
-@torch.no_grad()
 def measure(image: np.ndarray, lr: np.ndarray, hr: np.ndarray, models: dict[str, torch.nn.Module],
             device: torch.device) -> list[float]:
     """METRICS but the reward, then pyiqa's, of one uint8 image [H, W, 3]."""
     values = [*metrics.gold(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr),
               metrics.lr_psnr(image, lr, len(hr) // len(lr))]
-    x, y = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).to(device) for pixels in (image, hr))
-    return values + [float(model(x, y) if model.metric_mode == "FR" else model(x)) for model in models.values()]
+    return values + iqa.measure(models, image, hr, device)
 
 
 def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, groups: list[dict], *, source: Path,
@@ -381,7 +366,7 @@ def main(cfg: Config) -> None:
     require_one_size(source, groups)
     sources, made_with = sorted({group["source"] for group in groups}), run.settings_of(source, "01_build_dataset")
     dist.print0(f"{len(groups)} test images of {len(sources)} photographs, {cfg.seeds_per_image} seeds each")
-    judge, models = mllm.load_judge(judged_by, device), load_pyiqa(cfg.pyiqa_metrics, device)
+    judge, models = mllm.load_judge(judged_by, device), iqa.load(cfg.pyiqa_metrics, device)
     policies = load_policies(folders, device, groups[0]["scale"])
     large = larger_crops(cfg, policies, sources, hr_dir=made_with["hr_dir"], degradation=made_with["degradation"],
                          scale=made_with["scale"]) if dist.is_main() else {}

@@ -276,6 +276,24 @@ def method_prior(groups: list[dict], train: list[dict]) -> np.ndarray:
                      for group in groups])
 
 
+def left_out_prior(groups: list[dict]) -> np.ndarray:
+    """
+    [G, C, 3] the same without training labels: minus the mean rank of a candidate's method over the *other* LR images;
+    of a method that they lack, the mean over methods. NaN on an axis without labels.
+    """
+    names = sorted({candidate["method"] for group in groups for candidate in group["candidates"]})
+    index = np.array([[names.index(candidate["method"]) for candidate in group["candidates"]] for group in groups])
+    ranks = label_arrays(groups).ranks                                                      # [G, C, 3]
+    sums, counts = np.zeros((2, len(groups), len(names), len(AXES)))
+    for g in range(len(groups)):
+        np.add.at(sums[g], index[g], np.nan_to_num(ranks[g]))
+        np.add.at(counts[g], index[g], ~np.isnan(ranks[g]))
+    with np.errstate(invalid="ignore"):                                                     # 0 / 0: they lack it
+        means = (sums.sum(0) - sums) / (counts.sum(0) - counts)                             # [G, methods, 3]
+    means = np.where(np.isnan(means), np.ma.masked_invalid(means).mean(1, keepdims=True).filled(np.nan), means)
+    return -np.take_along_axis(means, index[..., None], 1)
+
+
 def mean_known(rows: list[np.ndarray]) -> np.ndarray:
     """As np.nanmean, which warns where there is nothing but NaN."""
     return np.ma.masked_invalid(rows).mean(0).filled(np.nan)

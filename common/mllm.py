@@ -63,14 +63,20 @@ def parse_reply(text: str) -> dict[str, int] | None:
     return match and dict(zip(AXES, map(int, match.groups()[1:])))
 
 
+def compose_answer(targets: np.ndarray) -> str:
+    """What follows the thought of a reply, from targets [3] in 1..9 (NaN unknown: the mean of the others)."""
+    targets = np.where(np.isnan(targets), np.nanmean(targets), targets)
+    digits = ", ".join(f"{axis}: {int(d)}" for axis, d in zip(AXES, targets.round().clip(1, 9)))
+    return f"<answer>{digits}</answer><|im_end|>"
+
+
 def compose_reply(targets: np.ndarray, method: str) -> str:
     """A reply in the asked form, from targets [3] in 1..9 (NaN unknown) and the candidate's fault, if known."""
     targets = np.where(np.isnan(targets), np.nanmean(targets), targets)
     levels = ((targets - 1) / 8 * 5).astype(int).clip(0, 4)
     faults = [word.replace("_", " ") for word in method.split("+") if word in FAULTS]
     why = "; ".join([", ".join(faults)] * bool(faults) + [CONSISTENCY_WORDS[levels[0]], NATURALNESS_WORDS[levels[1]]])
-    answer = ", ".join(f"{axis}: {int(d)}" for axis, d in zip(AXES, targets.round().clip(1, 9)))
-    return f"<thinking>{why}</thinking><answer>{answer}</answer><|im_end|>"
+    return f"<thinking>{why}</thinking>{compose_answer(targets)}"
 
 
 def check_views(lr_view: str, candidate_view: str) -> None:
@@ -228,6 +234,40 @@ def add_stems(judge: Judge, row: list[Segment], candidates: list[int]) -> list[i
     return list(range(first, len(row)))
 
 
+def form_of_reply(judge: Judge, targets: np.ndarray) -> tuple[list[int], list[bool]]:
+    """
+    Token ids of a reply whose thought is a placeholder, and which of them are taught: where a thought begins and what
+    follows it, neither its words nor where it ends. So a model that can reason learns the form and the digits alone.
+    """
+    begin, thought, end = judge.encode("<thinking>"), judge.encode("why"), judge.encode("</")
+    rest = judge.encode(f"</thinking>{compose_answer(targets)}")
+    return begin + thought + rest, [True] * len(begin) + [False] * len(thought + end) + [True] * len(rest[len(end):])
+
+
+def expectations(judge: Judge, trees: list[list[Segment]], stems: list[list[int]], features: list[Tensor]) -> Tensor:
+    """Expectations over the nine digits behind stems (segments of each tree), float32 [stems / 3, 3] on the CPU."""
+    digits = torch.arange(1, 10, device=judge.device, dtype=torch.float32)
+    rows = collate(trees, judge.device)
+    logits = policy_logits(judge, hidden_states(judge, rows, features)[last_tokens(rows, stems)])
+    return (logits[:, judge.digit_ids].softmax(-1) @ digits).view(-1, len(AXES)).cpu()
+
+
+@torch.no_grad()
+def expected_after(judge: Judge, features: list[Tensor], grids: Tensor, thoughts: list[str | None]) -> Tensor:
+    """
+    Expected scores [C, 3] behind a thought (`<thinking>..</thinking>`) about each candidate of one LR image; NaN where
+    there is none. features, grids: of LR, candidate 1..C.
+    """
+    row, scores = prompt_row(judge, grids[0], grids[1:]), torch.full((len(thoughts), len(AXES)), torch.nan)
+    known = [c for c, thought in enumerate(thoughts) if thought is not None]
+    if known:
+        first = len(row)
+        row += [text_segment(judge.encode(thoughts[c]), c + 1) for c in known]
+        stems = add_stems(judge, row, list(range(first, len(row))))
+        scores[known] = expectations(judge, [row], [stems], features)
+    return scores
+
+
 @torch.no_grad()
 def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[np.ndarray]], *,
                     groups_per_forward: int = 16) -> Tensor:
@@ -238,18 +278,13 @@ def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[n
     score does not depend on its group's others, on their number or order, or (to rounding) on the batch.
     `groups_per_forward`: memory only.
     """
-    digits = torch.arange(1, 10, device=judge.device, dtype=torch.float32)
     sizes, scores = [len(images) for images in candidates], []
     for g in range(0, len(lrs), groups_per_forward):
         part = slice(g, g + groups_per_forward)
         features, grids = image_features(judge, [[lr, *images] for lr, images in zip(lrs[part], candidates[part])])
         trees = [prompt_row(judge, of_group[0], of_group[1:]) for of_group in grids.split([1 + n for n in sizes[part]])]
         stems = [add_stems(judge, row, list(range(1, len(row)))) for row in trees]
-        rows = collate(trees, judge.device)
-        hidden = hidden_states(judge, rows, features)
-        logits = policy_logits(judge, hidden[last_tokens(rows, stems)])                    # [candidates * 3, V]
-        probabilities = logits[:, judge.digit_ids].softmax(-1)                             # [candidates * 3, 9]
-        scores += (probabilities @ digits).view(-1, len(AXES)).cpu().split(sizes[part])
+        scores += expectations(judge, trees, stems, features).split(sizes[part])
     return pad_sequence(scores, batch_first=True, padding_value=torch.nan)
 
 

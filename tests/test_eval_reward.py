@@ -58,6 +58,21 @@ def slow_accuracy(lines: list[dict], axis: str) -> float:
     return right / pairs
 
 
+def slow_prior(groups: list[dict]) -> float:
+    """Pair accuracy, naturalness, of minus the mean rank of a candidate's method over the other groups."""
+    table = [[(candidate["method"], rank) for candidate, rank in zip(
+        group["candidates"], group["labels"]["naturalness"]["ranks"])] for group in groups]
+    right = []
+    for g, group in enumerate(table):
+        others, means = [row for rest in table[:g] + table[g + 1:] for row in rest], {}
+        for method in {method for method, _ in others}:
+            means[method] = np.mean([rank for name, rank in others if name == method])
+        guess = [-means.get(method, np.mean(list(means.values()))) for method, _ in group]
+        ranked = [(value, rank) for value, (_, rank) in zip(guess, group)]
+        right += [(1 + np.sign(round(a - b, 9))) / 2 for a, i in ranked for b, j in ranked if i < j]
+    return np.mean(right)
+
+
 # the real command ------------------------------------------------------------------------------------------
 
 def test_what_03_leaves_behind(evaluated):
@@ -66,12 +81,15 @@ def test_what_03_leaves_behind(evaluated):
     assert set(manifest["inputs"]) == {"01_build_dataset", "02_train_reward"}
     assert set(manifest["results"]) == {
         "pair_accuracy", "pair_accuracy_ci95", "ci_over", "pair_accuracy_lr_blind", "pair_accuracy_lr_shuffled",
-        "pair_accuracy_method_prior", "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
+        "pair_accuracy_method_prior", "pair_accuracy_zero_shot", "pair_accuracy_reasoned",
+        "margin_over_lr_blind_ci95", "margin_over_method_prior_ci95", "srcc",
         "consistency_accuracy", "naturalness_accuracy", "consistency_lr_blind", "naturalness_lr_blind",
         "consistency_lr_psnr", "naturalness_sharpness",
         "rater_agreement", "sampled_accuracy", "parse_rate", "digit_mass",
         "images_per_second", "probe_rate", "probe_rate_ci95", "held_out_method_accuracy"}
-    assert set(results["accuracy"]) == set(stage.SCORERS) and results["notes"] == []
+    assert list(results["accuracy"]) == [name for name in stage.SCORERS if name != "zero_shot"]    # of a small model
+    assert len(results["notes"]) == 1 and "words of the small model carry nothing" in results["notes"][0]
+    assert list(results["readouts"]["accuracy"]) == ["sampled", "reasoned", "expected"]
     lines = lines_of(evaluated)
     assert len(lines) == 8 * 4 and sum(line["reply"] is not None for line in lines) == 2 * 4
     assert manifest["results"]["parse_rate"] > 0 and results["readouts"]["groups"] == 2
@@ -84,7 +102,7 @@ def test_what_03_leaves_behind(evaluated):
     build = run.read_json(evaluated / "01_build_dataset" / "manifest.json")["results"]         # of training labels, too
     assert build["method_prior"] == {axis: results["accuracy"]["method_prior"][axis]["value"] for axis in AXES}
     table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
-    assert all(name in table for name, _ in stage.SCORERS.values()) and "proxy" in table
+    assert all(f"| {name} |" in table for name, _ in results["scorers"].values()) and "proxy" in table
     assert all(min(read_image(folder / name).shape[:2]) > 300 for name in ("examples.png", "probes.png"))
     assert page.count("data:image/png") == 2 and '="http' not in page
 
@@ -136,11 +154,14 @@ def test_a_test_split_alone_with_labels_of_people_on_one_axis_and_no_ground_trut
     wanted = slow_accuracy(lines_of(folder), "naturalness")
     assert results["accuracy"]["judge"]["naturalness"]["value"] == pytest.approx(wanted, abs=1e-4)
     assert results["accuracy"]["judge"]["overall"] == {"value": None, "ci95": None}
-    assert not {"psnr", "ssim", "before_grpo", "method_prior"} & set(results["accuracy"])
+    assert not {"psnr", "ssim", "before_grpo", "lr_blind", "zero_shot"} & set(results["accuracy"])
+    labeled = [group for group in groups if group["labels"]]
+    assert results["accuracy"]["method_prior"]["naturalness"]["value"] == pytest.approx(slow_prior(labeled), abs=1e-4)
+    assert results["scorers"]["method_prior"][0] == stage.PRIOR_LEFT_OUT
     assert results["readouts"] is None and results["probes"] is None
     notes = " ".join(results["notes"])
     assert "lack the ground truth" in notes and "came without stage 02" in notes and "no label on overall" in notes
-    assert "method prior left out" in notes and results["new_methods"]["pairs"] == 0
+    assert results["new_methods"]["pairs"] == 0
 
 
 # scorers ---------------------------------------------------------------------------------------------------
@@ -149,7 +170,8 @@ def test_every_scorer_is_what_its_name_says(evaluated):
     stage, source, folder = load_stage("03"), evaluated / "01_build_dataset", evaluated / "02_train_reward"
     judge, settings = mllm.load_judge(folder, CPU), run.settings_of(folder, folder.name)
     groups = load_groups(source, "test")
-    rivals = dict(stage.other_judges(judge, folder, settings, stage.blind_judge(folder, settings)))
+    untouched = {"model": str(folder / "cold_start" / "model")}                 # as if it were a published one
+    rivals = dict(stage.other_judges(judge, folder, settings | untouched, stage.blind_judge(folder, settings)))
     others, blind = stage.other_groups(groups, 0), rivals["lr_blind"]
     lrs, images, hrs = zip(*(group_images(source, group) for group in groups[:2]))
     wrong = [group_images(source, group)[0] for group in others[:2]]
@@ -160,12 +182,13 @@ def test_every_scorer_is_what_its_name_says(evaluated):
             ("judge", judge, groups, mllm.expected_scores(judge, lrs, images)),
             ("lr_shuffled", judge, others, mllm.expected_scores(judge, wrong, images)),
             ("before_grpo", rivals["before_grpo"], groups, mllm.expected_scores(base, lrs, images)),
+            ("zero_shot", rivals["zero_shot"], groups, mllm.expected_scores(base, lrs, images)),
             ("lr_blind", blind, groups, mllm.expected_scores(
                 replace(blind, blind=False), [np.full_like(lr, 128) for lr in lrs], images))):
         scores, seconds = stage.score_groups(by, source, groups, shown, desc=name, batch=3, crop=0, limit=0)
         assert scores.shape == (8, 4, 3) and seconds > 0
         torch.testing.assert_close(scores[:2], wanted.double(), rtol=0, atol=1e-5)
-    pixels = stage.measure_pixels(source, groups)
+    pixels = stage.measure_pixels(source, groups, {}, CPU)
     for g, (lr, hr) in enumerate(zip(lrs, hrs)):
         for c, image in enumerate(images[g]):
             wanted = [metrics.psnr(image, hr), metrics.ssim(image, hr), metrics.lr_psnr(image, lr, 4)]
@@ -210,7 +233,8 @@ def test_the_wrong_lr_and_the_foreign_photograph_are_of_another_photograph_where
 def test_replies_and_digit_mass_are_those_of_each_candidate_alone(toy_run):
     stage, source = load_stage("03"), toy_run / "01_build_dataset"
     judge, group = mllm.load_judge(toy_run / "02_train_reward", CPU), load_groups(source, "test")[0]
-    replies, mass = stage.sample(judge, source, [group], seed=0, count=2, max_tokens=12)
+    replies, mass, reasoned = stage.sample(judge, source, [group], seed=0, count=2, max_tokens=12)
+    assert reasoned.isnan().all()                                               # too short to parse
     lr, images, _ = group_images(source, group)
     uniforms = torch.rand(4, 2, 12, generator=run.generator(0, "sampled", group["id"]))
     for c, image in enumerate(images):
@@ -247,7 +271,8 @@ def test_read_outs_leave_out_what_did_not_parse():
     stage, nan = load_stage("03"), np.nan
     sampled = np.array([[[9, nan], [1, 3], [nan, nan]]] * 2)[..., None].repeat(3, -1)
     expected, ranks = (np.array([row] * 2)[..., None].repeat(3, 2) for row in ([2.0, 1, 5], [1.0, 2, 3]))
-    found = stage.compare_readouts(sampled, expected, ranks, 0, np.arange(2))
+    found = stage.compare_readouts(sampled, -expected, expected, ranks, 0, np.arange(2))
+    assert found["accuracy"]["reasoned"]["overall"]["value"] == 0
     assert found["parse_rate"] == 0.5 and found["accuracy"]["sampled"]["overall"]["value"] == 1
     assert found["accuracy"]["expected"]["overall"]["value"] == 1   # the third, wrong, is left out too
 

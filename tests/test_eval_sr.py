@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import metrics, mllm, run, sr_policy
+from common import iqa, metrics, mllm, run, sr_policy
 from common.config import config_text, load_config
-from common.groups import image_batch, load_groups, require_one_size
+from common.groups import group_images, image_batch, load_groups, require_one_size
 from common.images import to_pixels, write_png
 from common.sr_policy import Policy
 from conftest import build_judge, load_stage, make_images, run_stage
@@ -205,24 +205,31 @@ def test_groups_of_several_sizes_or_scales_are_named(tmp_path, capsys):
 
 # pyiqa: the plumbing alone, with a made-up module; the package itself was never run here --------------------
 
-def test_metrics_of_pyiqa_are_called_by_name(monkeypatch, capsys):
+def test_metrics_of_pyiqa_are_called_by_name(toy_run, monkeypatch, capsys):
     def sharp(image):
         return image.std()[None]
 
     def far(image, hr):
         return (image - hr).abs().mean()[None]
-    sharp.metric_mode, far.metric_mode = "NR", "FR"
+    sharp.metric_mode, far.metric_mode, sharp.lower_better, far.lower_better = "NR", "FR", False, True
     package = ModuleType("pyiqa")
     package.list_models = lambda: ["sharp", "far"]
     package.create_metric = lambda name, device: {"sharp": sharp, "far": far}[name]
     monkeypatch.setitem(sys.modules, "pyiqa", package)
     stage, (lr, image, hr) = load_stage("05"), make_images(0, count=2)
-    *_, first, second = stage.measure(image, lr, hr, stage.load_pyiqa(["sharp", "far"], CPU), CPU)
+    models = iqa.load(["sharp", "far"], CPU)
+    *_, first, second = stage.measure(image, lr, hr, models, CPU)
     assert first == pytest.approx(np.std(image / 255, ddof=1), abs=1e-4)
     assert second == pytest.approx(np.abs(image / 255 - hr / 255).mean(), abs=1e-4)
     with pytest.raises(SystemExit):
-        stage.load_pyiqa(["shrap"], CPU)
+        iqa.load(["shrap"], CPU)
     assert "no metric 'shrap'" in capsys.readouterr().err
+    source = toy_run / "01_build_dataset"                                       # 03: higher is better
+    group, (_, images, hr) = load_groups(source, "test")[0], group_images(source, load_groups(source, "test")[0])
+    rivals = load_stage("03").measure_pixels(source, [group, group | {"hr": None}], models, CPU)[..., -2:]
+    wanted = [[np.std(image / 255, ddof=1), -np.abs(image / 255 - hr / 255).mean()] for image in images]
+    assert np.allclose(rivals[0], wanted, atol=1e-4) and np.allclose(rivals[1, :, 0], rivals[0, :, 0])
+    assert rivals[1, :, 1].isnan().all()
 
 
 # pictures and report -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import mllm, run
+from common import mllm, run, token_tree
 from common.images import resize
 from common.metrics import AXES
 from common.mllm import Judge
@@ -67,6 +67,15 @@ def test_composed_replies_parse_to_their_targets(judge):
     assert mllm.parse_reply(unknown) == dict.fromkeys(AXES, 3)  # unknown axes repeat what is known
 
 
+def test_a_model_that_can_reason_is_taught_the_form_and_the_digits_and_no_reason(judge):
+    ids, taught = mllm.form_of_reply(judge, np.array([7, 4, np.nan]))
+    text = judge.tokenizer.decode(ids).removesuffix("<|im_end|>")
+    assert mllm.parse_reply(text) == {"consistency": 7, "naturalness": 4, "overall": 6} and len(taught) == len(ids)
+    kept, left_out = (judge.tokenizer.decode([token for token, one in zip(ids, taught) if one == which])
+                      for which in (True, False))
+    assert left_out == "why</" and kept == text.replace("why</", "") + "<|im_end|>"
+
+
 def test_a_changed_prompt_changes_the_version(judge):
     assert mllm.PROMPT_VERSION == 1 and judge.tokenizer.decode(judge.digit_ids) == "123456789"
     text = ("Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: "
@@ -118,6 +127,24 @@ def test_a_score_alone_is_its_score_in_any_batch_order_and_padding(view, dtype, 
     torch.testing.assert_close(torch.where(uneven.isnan(), whole, uneven), whole, rtol=0, atol=tolerance)
     other_lr = mllm.expected_scores(judge, [groups[1][0]], [groups[0][1:]])
     assert not torch.allclose(other_lr, whole[:1], atol=1e-3)
+
+
+def test_expected_scores_behind_a_thought_are_those_of_a_row_that_holds_it(judge):
+    group, thoughts = make_images(3), ["<thinking>close; fair</thinking>", None, "<thinking></thinking>"]
+    with torch.no_grad():
+        features, grids = mllm.image_features(judge, [group])
+        scores = mllm.expected_after(judge, features, grids, thoughts)
+    assert scores[1].isnan().all() and mllm.expected_after(judge, features, grids, [None] * 3).isnan().all()
+    for c in (0, 2):
+        for a, stem in enumerate(judge.stems):
+            alone = [features[0], features[1 + c]]
+            row = mllm.prompt_row(judge, grids[0], grids[1 + c:2 + c])
+            row.append(token_tree.text_segment(judge.encode(thoughts[c]) + stem, 1))
+            with torch.no_grad():
+                hidden = mllm.hidden_states(judge, token_tree.collate([row], CPU), alone)[0, -1]
+                chances = mllm.policy_logits(judge, hidden)[judge.digit_ids].softmax(-1)
+            assert float(scores[c, a]) == pytest.approx(float(chances @ torch.arange(1.0, 10.0)), abs=1e-4)
+    assert not torch.allclose(scores[0], score(judge, [group])[0, 0], atol=1e-4)        # a thought matters
 
 
 # on disk -----------------------------------------------------------------------------------------------------

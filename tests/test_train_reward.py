@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,23 @@ def test_the_rank_loss_learns_to_rank():
     rows = [stage.supervised_step(judge, cfg, optimizers, cohorts, step) for step in range(cfg.cold_start_steps)]
     assert rows[-1]["loss_rank"] < 0.7 * rows[0]["loss_rank"] and rows[-1]["loss_direct"] < rows[0]["loss_direct"]
     assert stage.evaluate(judge, cfg, cohorts)["val_pair_accuracy"] == 1
+
+
+def test_a_pretrained_model_is_not_taught_composed_reasons():
+    judge, cfg = build_judge(cold_start_replies=3)
+    lr, *images = make_images(0)
+    targets = np.array([[9.0, 5, 1], [1, 2, 3], [4, 4, 4]])
+    cohort = Cohort("a", lr, images, ["warp", "blur", "noise"], targets, targets)
+    for model, words in (("small", 3), ("a/pretrained", 0)):
+        cfg = replace(cfg, model=model)
+        look, replies, taught = stage.lesson(judge, cfg, cohort, 0)
+        texts = [judge.tokenizer.decode(ids) for one in replies for ids in one]
+        assert sum(method in text for method, text in zip(cohort.methods, texts)) == words
+        losses = stage.supervised_losses(judge, cfg, [cohort], [look], [replies], [taught])
+        logp, mask, _ = answer_logp(judge, *encode_images(judge, [cohort], [look]), [replies],
+                                    judge.digit_ids.expand(9, -1))
+        assert losses[1].item() == pytest.approx(-logp[mask][torch.tensor(taught)].sum().item(), rel=1e-4)
+        assert all(taught) == (model == "small")
 
 
 def test_groups_per_forward_changes_memory_alone():
