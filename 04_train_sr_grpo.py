@@ -12,7 +12,10 @@ The policy is the base policy of 01, or a published diffusion model (`policy`, `
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
 become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
 floor, or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
-more than is allowed. The best are kept.
+more than is allowed. The best are kept; the last ones are reported beside them.
+
+Training needs LR images and the judge alone. Ground truth, where there is any, sets the floor and gives gold, PSNR
+and a column of the sheets: of validation images is enough; without any, guard and vetoes are off.
 
 What is left out of GRPO here: CFG (1 in rollout and training: half the cost, nothing to distill); the first latent as
 an action (no signal is left in it, and the group shares it); with one update per rollout, the importance ratio (it is
@@ -28,6 +31,7 @@ Writes  <run>/04_train_sr_grpo/   base/ (policy before GRPO)  policy/ (after: UN
 Expect  demo: see the table in README.md
 """
 import copy
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +100,8 @@ class Config:
     crop: int = 0                       # px of SR that the judge sees at once; 0: the whole image
     crops_per_image: int = 4            # at most, evenly spread; the score is their mean
     # evaluation --------------------------------------------------------------------------------------------
-    eval_every: int = 5                 # GRPO steps between evaluations, and candidates for the best
-    eval_inputs: int = 60               # LR images of the val split, one fixed seed each
+    eval_every: int = 20                # GRPO steps between evaluations, and candidates for the best
+    eval_inputs: int = 60               # LR images of the val split, one fixed seed each; with ground truth, if any
     max_gold_drop: float = 0.0          # of gold (the proxy label, which sees the ground truth), from the start: a veto
     save_every: int = 10                # steps between checkpoints
 
@@ -147,7 +151,9 @@ def start_policy(cfg: Config, folder: Path, *, source: Path, scale: int) -> None
 
 
 def lr_psnr_floor(source: Path, groups: list[dict]) -> float:
-    """dB: median LR-PSNR of the ground truth of up to FLOOR_IMAGES training groups, less FLOOR_SLACK."""
+    """dB: median LR-PSNR of the ground truth of up to FLOOR_IMAGES groups, less FLOOR_SLACK; -inf: there is none."""
+    if not groups:
+        return -math.inf
     some = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, FLOOR_IMAGES).astype(int))]
     pairs = ([to_pixels(image_batch(source, [group], key))[0] for key in ("hr", "lr")] for group in some)
     values = [metrics.lr_psnr(hr, lr, len(hr) // len(lr)) for hr, lr in pairs]
@@ -301,48 +307,59 @@ def summary(judged: Tensor, fidelity: Tensor, useful: Tensor) -> dict[str, Tenso
 
 def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
              groups: list[dict]) -> tuple[dict[str, float], np.ndarray]:
-    """Mean score, LR-PSNR and gold of one deterministic sample per LR image; the samples [n, H, W, 3]."""
+    """
+    Mean score and LR-PSNR, with ground truth gold and PSNR, too, of one deterministic sample per LR image; the samples
+    [n, H, W, 3].
+    """
     policy.eval()
     groups, device = mine(groups), policy.times.device
-    lr, hr = image_batch(source, groups, "lr"), to_pixels(image_batch(source, groups, "hr"))
-    keys = [(cfg.seed, "evaluate", group["id"]) for group in groups]
+    lr, keys = image_batch(source, groups, "lr"), [(cfg.seed, "evaluate", group["id"]) for group in groups]
     seen = policy.observe(lr.to(device), keys)
     noise = sr_policy.draw_noise(keys, (policy.channels, *seen.shape[-2:]), device)
     sr = torch.cat([sr_policy.restore(policy, seen[rows], noise[rows])
                     for rows in torch.arange(len(groups)).split(cfg.samples_per_gpu)])
-    judged, fidelity = score(judge, cfg, lr, sr)
+    columns = list(score(judge, cfg, lr, sr))                                               # [n, 1] each
     sr = sr.nan_to_num()
-    gold = torch.tensor([metrics.gold(*images)[0] for images in zip(to_pixels(sr), to_pixels(lr), hr)])
-    values = dist.gather_rows(torch.cat([judged, fidelity, gold[:, None].to(judged)], 1)).mean(0).tolist()
-    return dict(zip(("val_reward", "val_lr_psnr", "val_gold"), values)), to_pixels(dist.gather_rows(sr))
+    if groups[0]["hr"]:
+        pairs = list(zip(to_pixels(sr), to_pixels(lr), to_pixels(image_batch(source, groups, "hr"))))
+        rows = [[metrics.gold(*images)[0], metrics.psnr(images[0], images[2])] for images in pairs]
+        columns.append(torch.tensor(rows).to(columns[0]))
+    values = dist.gather_rows(torch.cat(columns, 1)).mean(0).tolist()
+    return dict(zip(("val_reward", "val_lr_psnr", "val_gold", "val_psnr"), values)), to_pixels(dist.gather_rows(sr))
 
 
 def is_best(cfg: Config, values: dict[str, float], *, start: dict[str, float], best: dict[str, float],
             floor: float) -> bool:
     """Whether an evaluation has the highest score so far and neither veto; NaN never has. floor: of LR-PSNR, dB."""
     faithful = values["val_lr_psnr"] >= floor
-    not_fooled = values["val_gold"] >= start["val_gold"] - cfg.max_gold_drop
+    not_fooled = "val_gold" not in start or values["val_gold"] >= start["val_gold"] - cfg.max_gold_drop
     return faithful and not_fooled and values["val_reward"] > best["val_reward"]
 
 
 def write_sheet(path: Path, *, source: Path, groups: list[dict], before: np.ndarray, now: np.ndarray) -> None:
-    """The same inputs with the same seeds at every evaluation: LR | before | now | HR."""
+    """The same inputs with the same seeds at every evaluation: LR | before | now | ground truth, if there is any."""
     if not dist.is_main():
         return
-    lr, hr = (to_pixels(image_batch(source, groups[:SHEET_ROWS], key)) for key in ("lr", "hr"))
+    shown = groups[:SHEET_ROWS]
+    columns = {"LR": to_pixels(image_batch(source, shown, "lr")), "before GRPO": before, "now": now}
+    if shown[0]["hr"]:
+        columns["ground truth"] = to_pixels(image_batch(source, shown, "hr"))
     path.parent.mkdir(exist_ok=True)
-    rows = [list(row) for row in zip(lr, before, now, hr)]
-    write_png(path, sheet(rows, ["LR", "before GRPO", "now", "HR"]))
+    write_png(path, sheet([list(row) for row in zip(*columns.values())], list(columns)))
 
 
 # the stage -------------------------------------------------------------------------------------------------------
 
-def pairs_of(source: Path, split: str) -> list[dict]:
-    """The split's groups that have a ground truth. Labels are not needed here."""
-    groups = [group for group in load_groups(source, split) if group["hr"]]
-    if not groups:
-        fail(f"{source}: the {split} split has no HR images: build it with hr_dir, not lr_dir")
-    return groups
+def with_hr(groups: list[dict]) -> list[dict]:
+    """Those that have a ground truth. Labels are not needed here."""
+    return [group for group in groups if group["hr"]]
+
+
+def outcome(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> dict[str, float | None]:
+    """Results: numbers of the evaluation at the start, of the best and of the last weights; null: no ground truth."""
+    values = {"start": start, "end": best, "last": last}
+    return {f"{name}_{when}": round(one[f"val_{name}"], 4) if f"val_{name}" in one else None
+            for name in ("reward", "lr_psnr", "gold", "psnr") for when, one in values.items()}
 
 
 @run.explained()
@@ -352,18 +369,20 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, free=("samples_per_gpu", "gradient_checkpointing", "save_every"))
     source = run.require(cfg.run, "01_build_dataset")
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    train, val = pairs_of(source, "train"), pairs_of(source, "val")
+    train, val = load_groups(source, "train"), load_groups(source, "val")
+    val = with_hr(val) or val
     require_one_size(source, train + val)
     require_enough(len(train), inputs_per_step=cfg.inputs_per_step)
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     if min(cfg.inputs_per_step, len(fixed)) < dist.world_size():
         fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step} or the {len(fixed)} "
              "validation images: start fewer")
-    floor = lr_psnr_floor(source, train)
-    dist.print0(f"read {source}: {len(train)} training pairs; {len(fixed)} of {len(val)} validation images\n"
+    floor = lr_psnr_floor(source, with_hr(train) or with_hr(val))
+    dist.print0(f"read {source}: {len(train)} training images; {len(fixed)} of {len(val)} validation images\n"
                 f"GRPO: {cfg.steps} steps of {cfg.inputs_per_step} x {cfg.samples_per_input} samples; "
                 f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained\n"
-                f"LR-PSNR floor: {floor:.1f} dB")
+                + (f"LR-PSNR floor: {floor:.1f} dB" if math.isfinite(floor) else
+                   "no ground truth: there is no LR-PSNR floor, and guard and vetoes are off"))
     judge = mllm.load_judge(judged_by, device)
     mllm.check_sizes(judge, shown_sizes(source, train[:1], cfg.crop), "set crop= so")
 
@@ -380,7 +399,7 @@ def main(cfg: Config) -> None:
     averaged, best = copied(weights), copied(weights)
     optimizer = torch.optim.AdamW(weights.values(), lr=cfg.lr, weight_decay=0.0)
     first, state = resume(folder, named(policy=weights, averaged=averaged, best=best), {"adamw": optimizer})
-    state = state or {"best": start, "best_step": 0, "bad": 0, "ratio_error": 0.0, "seconds": 0.0}
+    state = state or {"best": start, "best_step": 0, "last": start, "bad": 0, "ratio_error": 0.0, "seconds": 0.0}
     run.trim_metrics(folder, first)
     bar = tqdm(range(first, cfg.steps), "GRPO", initial=first, total=cfg.steps, disable=not dist.is_main())
     for step in bar:
@@ -412,6 +431,7 @@ def main(cfg: Config) -> None:
                 values, now = evaluate(policy, judge, cfg, source=source, groups=fixed)
             write_sheet(folder / "samples" / f"step_{done:04d}.png", source=source, groups=fixed, before=before,
                         now=now)
+            state["last"] = values
             if is_best(cfg, values, start=start, best=state["best"], floor=floor):
                 state |= {"best": values, "best_step": done}
                 average(best, averaged, 0.0)
@@ -432,11 +452,12 @@ def main(cfg: Config) -> None:
     average(weights, best, 0.0)
     if dist.is_main():
         policy.save(folder / "policy")
-    samples, end = cfg.steps * cfg.inputs_per_step * cfg.samples_per_input, state["best"]
-    run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by], results={
-        "reward_start": round(start["val_reward"], 4), "reward_end": round(end["val_reward"], 4),
-        "lr_psnr_start": round(start["val_lr_psnr"], 3), "lr_psnr_end": round(end["val_lr_psnr"], 3),
-        "gold_start": round(start["val_gold"], 4), "gold_end": round(end["val_gold"], 4),
+    samples = cfg.steps * cfg.inputs_per_step * cfg.samples_per_input
+    dist.print0("policy/ holds the last averaged weights: they are the best" if state["best_step"] == cfg.steps else
+                f"policy/ holds the averaged weights of step {state['best_step']}: the last, of step {cfg.steps}, are "
+                "not better, or a veto holds")
+    run.write_manifest(folder, script=__file__, started=started, inputs=[source, judged_by], results=outcome(
+        start, state["best"], state["last"]) | {
         "lr_psnr_floor": round(floor, 3), "best_step": state["best_step"], "ratio_error_max": state["ratio_error"],
         "samples_per_second": round(samples / max(state["seconds"], 1e-9), 2)})
     dist.finish()

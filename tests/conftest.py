@@ -61,7 +61,7 @@ seed: 0
 
 04_train_sr_grpo:
   denoise_steps: 4
-  gain: 4                         # the toy judge hardly sees less
+  gain: 2                         # the toy judge hardly sees less
   std_floor: 0
   steps: 4
   inputs_per_step: 3

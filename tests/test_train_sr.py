@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
 from common import dist, grpo, metrics, mllm, run, sr_pipelines, sr_policy
 from common.config import load_config
+from common.groups import load_groups
 from common.images import to_pixels
 from common.training import copied, trainable
 from conftest import build_judge, load_stage, run_stage
@@ -300,8 +301,10 @@ def test_04_leaves_what_it_promises(tuned):
     assert results["ratio_error_max"] < 1e-5 and results["reward_end"] >= results["reward_start"]
     assert results["gold_end"] >= results["gold_start"]
     assert results["lr_psnr_end"] >= results["lr_psnr_floor"]
+    for name in ("reward", "lr_psnr", "gold", "psnr"):                  # of the last, best or not
+        assert results[f"{name}_last"] == round(rows[3][f"val_{name}"], 4)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[0]["ref_kl"] == 0 < rows[3]["ref_kl"]
-    assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_gold"} <= set(rows[1])
+    assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_gold", "val_psnr"} <= set(rows[1])
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_000{i}.png" for i in (0, 2, 4)]
     trained = load_file(folder / "checkpoints" / "step_000004" / "weights.safetensors")
     assert all("lora" in name for name in trained)                      # nothing else is trained
@@ -348,7 +351,7 @@ def test_weights_that_fool_the_reward_are_not_kept(toy_config, tuned, tmp_path, 
     assert results["gold_end"] >= results["gold_start"]
     cfg = load_config(STAGE.Config, STAGE.__file__, [str(toy_config), f"run={tmp_path}"])
     source = tuned / "01_build_dataset"
-    val = STAGE.pairs_of(source, "val")
+    val = load_groups(source, "val")
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     policy = sr_pipelines.load_policy(tmp_path / "run" / "04_train_sr_grpo", torch.device("cpu"))
     on_disk, _ = STAGE.evaluate(policy, None, cfg, source=source, groups=fixed)
@@ -386,16 +389,44 @@ def test_three_steps_without_a_finite_reward_end_the_run_and_name_the_checkpoint
 def test_the_judge_and_the_base_policy_of_another_run(toy_config, tuned, tmp_path, capsys):
     (tmp_path / "own").mkdir()
     shutil.copytree(tuned / "01_build_dataset", tmp_path / "own" / "01_build_dataset")
-    (tmp_path / "own" / "01_build_dataset" / "base").rename(tmp_path / "base")
+    (tmp_path / "own" / "01_build_dataset" / "base").rename(tmp_path / "base")      # as if base_steps had been 0
+    manifest = tmp_path / "own" / "01_build_dataset" / "manifest.json"
+    run.write_json(manifest, run.read_json(manifest) | {"weights": {}})
     judge = f"judge={tuned / '02_train_reward'}"
     with pytest.raises(SystemExit):
         tune(toy_config, tuned, tmp_path / "own", judge, "steps=0")
     assert "holds no policy: build the set with base_steps above 0" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "own" / "04_train_sr_grpo")
     results = tune(toy_config, tuned, tmp_path / "own", judge, "steps=0", f"model={tmp_path / 'base'}")
+    assert results["reward_last"] == results["reward_start"] and results["psnr_start"] > 10
     assert results["reward_start"] == run.read_json(tuned / "04_train_sr_grpo/manifest.json")["results"]["reward_start"]
     sampler = run.read_json(tmp_path / "own" / "04_train_sr_grpo" / "base" / "sampler.json")
-    assert (sampler["steps"], sampler["gain"]) == (4, 0.25)
+    assert (sampler["steps"], sampler["gain"]) == (4, 2)
+
+
+def test_training_needs_no_ground_truth(toy_config, tuned, tmp_path, capsys):
+    """hr is null first in the training split, then everywhere."""
+    source, own = tuned / "01_build_dataset", tmp_path / "own"
+    for part in ("lr", "hr", "candidates", "base"):
+        own.joinpath("01_build_dataset").mkdir(parents=True, exist_ok=True)
+        own.joinpath("01_build_dataset", part).symlink_to(source / part)
+    for name in ("manifest.json", "config.yaml"):
+        shutil.copy(source / name, own / "01_build_dataset")
+    groups = [json.loads(line) for line in (source / "groups.jsonl").read_text().splitlines()]
+    for blind in (["train"], ["train", "val"]):
+        run.write_lines(own / "01_build_dataset" / "groups.jsonl",
+                        [group | {"hr": None} if group["split"] in blind else group for group in groups])
+        results = tune(toy_config, tuned, own, f"judge={tuned / '02_train_reward'}", "steps=1", "eval_every=1")
+        rows = rows_of(own / "04_train_sr_grpo")
+        assert rows[0]["grad_norm"] > 0 and results["reward_last"] == round(rows[0]["val_reward"], 4)
+        if blind == ["train"]:                                          # all else is of validation images
+            val = [group for group in groups if group["split"] == "val"]
+            assert results["lr_psnr_floor"] == round(STAGE.lr_psnr_floor(source, val), 3)
+            whole = run.read_json(tuned / "04_train_sr_grpo" / "manifest.json")["results"]
+            assert [results[key] for key in ("gold_start", "psnr_start")] == [whole["gold_start"], whole["psnr_start"]]
+            shutil.rmtree(own / "04_train_sr_grpo")
+    assert results["lr_psnr_floor"] is results["gold_start"] is results["psnr_last"] is None
+    assert "guard and vetoes are off" in capsys.readouterr().out
 
 
 if __name__ == "__main__" and "RANK" in os.environ:
