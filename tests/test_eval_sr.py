@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common import iqa, metrics, mllm, run, sr_policy
+from common import iqa, metrics, mllm, run, sr_policy, st_lpips
 from common.config import config_text, load_config
 from common.groups import group_images, image_batch, load_groups, require_one_size
 from common.images import to_pixels, write_png
 from common.sr_policy import Policy
 from conftest import build_judge, load_stage, make_images, run_stage
 from test_sr_policy import tiny_policy
+from test_st_lpips import toy_weights
 
 CPU = torch.device("cpu")
 
@@ -94,9 +95,12 @@ def test_results_are_those_of_the_images(compared):
         if name != "psnr":
             assert results[f"{name}_gain_ci95"] == pytest.approx(metrics.bootstrap_ci(np.array(gains), 0), abs=1e-4)
     assert all(line["hr"]["gold"] == 1 and line["hr"]["psnr"] == 100 for line in lines)
+    assert all(line["best_of_n"]["reward"] >= line["base"]["reward"] for line in lines)
+    assert results["stlpips_tuned"] is None and all("stlpips" not in line["tuned"] for line in lines)
     assert results["win_rate"] == pytest.approx(np.mean([line["wins"] for line in lines]), abs=1e-4)
     assert Image.open(compared / "images" / f"{lines[0]['id']}_tuned.png").size == (32, 32)
-    assert len((compared / "table.md").read_text().splitlines()) == 2 + 5
+    rows = [line.split("|")[1].strip() for line in (compared / "table.md").read_text().splitlines()]
+    assert rows[2:] == ["bicubic", "regressor, sharpened", "base", "best of N", "tuned", "ground truth", "tuned - base"]
 
 
 def test_every_number_is_the_one_of_a_plain_loop(stages, tmp_path):
@@ -107,23 +111,40 @@ def test_every_number_is_the_one_of_a_plain_loop(stages, tmp_path):
     policies = {"base": lively(tiny_policy(), 6), "tuned": lively(tiny_policy())}
     rewarded = {"weight_consistency": 0.25, "weight_naturalness": 0.0, "weight_overall": 0.75, "crop": 16,
                 "crops_per_image": 4}
+    weights, names = toy_weights(), stage.variants_of(policies["base"])
     values, wins, _ = stage.measure_all(cfg, policies, judge, groups, source=source, rewarded=rewarded, models={},
-                                        pictures=tmp_path)
+                                        pictures=tmp_path, stlpips=weights)
+    values = dict(zip(names, values.transpose(0, 1)))
+
+    def slow(image, low, truth):
+        scores = mllm.expected_scores(
+            judge, [low[y:y + 4, x:x + 4] for y in (0, 4) for x in (0, 4)],
+            [[image[y:y + 16, x:x + 16]] for y in (0, 16) for x in (0, 16)])[:, 0].mean(0)
+        pair = (torch.from_numpy(pixels / 255).permute(2, 0, 1)[None].float() for pixels in (image, truth))
+        return [float(0.25 * scores[0] + 0.75 * scores[2]), *metrics.gold(image, low, truth),
+                metrics.psnr(image, truth), metrics.ssim(image, truth), float(st_lpips.distance(weights, *pair)),
+                metrics.lr_psnr(image, low, 4)]
+
     for n, group in enumerate(groups):
         lr, hr = (image_batch(source, [group], key) for key in ("lr", "hr"))
         low, truth, rewards = to_pixels(lr)[0], to_pixels(hr)[0], {}
-        for v, variant in ((1, "base"), (2, "tuned")):
+        for variant in ("base", "tuned"):
             rows = []
             for m in range(2):
                 noise = sr_policy.draw_noise([(3, "test", group["id"], m)], (16, 8, 8), CPU)
-                image = to_pixels(sr_policy.restore(policies[variant], lr, noise))[0]
-                scores = mllm.expected_scores(
-                    judge, [low[y:y + 4, x:x + 4] for y in (0, 4) for x in (0, 4)],
-                    [[image[y:y + 16, x:x + 16]] for y in (0, 16) for x in (0, 16)])[:, 0].mean(0)
-                rows.append([float(0.25 * scores[0] + 0.75 * scores[2]), *metrics.gold(image, low, truth),
-                             metrics.psnr(image, truth), metrics.ssim(image, truth), metrics.lr_psnr(image, low, 4)])
+                image = to_pixels(sr_policy.restore(policies[variant], policies[variant].observe(lr), noise))[0]
+                rows.append(slow(image, low, truth))
             rewards[variant] = [row[0] for row in rows]
-            assert values[n, v].tolist() == pytest.approx(np.mean(rows, 0), abs=1e-3)
+            assert values[variant][n].tolist() == pytest.approx(np.mean(rows, 0), abs=1e-3)
+            if variant == "base":
+                assert values["best_of_n"][n].tolist() == pytest.approx(max(rows, key=lambda row: row[0]), abs=1e-3)
+        image = policies["base"].regressor(lr)[0].numpy()
+        wide, sharp = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="edge"), np.zeros((32, 32, 3))
+        for y in range(32):
+            for x in range(32):
+                sharp[y, x] = 2 * image[:, y, x] - wide[:, y:y + 5, x:x + 5].mean((1, 2))
+        sharp = np.round(255 * sharp.clip(0, 1)).astype(np.uint8)
+        assert values["sharpened"][n].tolist() == pytest.approx(slow(sharp, low, truth), abs=0.02)
         won = [(after > before) + (after == before) / 2 for before, after in zip(rewards["base"], rewards["tuned"])]
         assert float(wins[n]) == np.mean(won)
 
@@ -132,7 +153,7 @@ def test_intervals_are_paired_over_images():
     stage, rng = load_stage("05"), np.random.default_rng(0)
     hardness = rng.normal(0, 5, (40, 1, 1))                 # of an image, for all variants: a paired gain leaves it out
     values = hardness + rng.normal(0, 0.1, (40, 4, 2)) + np.array([0, 1, 1.5, 2])[:, None]
-    found = stage.summarize(values, ["reward", "psnr"], 0)
+    found = stage.summarize(values, ["bicubic", "base", "tuned", "hr"], ["reward", "psnr"], 0)
     resampled = []
     for _ in range(2000):
         picks = rng.integers(0, 40, 40)
@@ -237,23 +258,30 @@ def test_metrics_of_pyiqa_are_called_by_name(toy_run, monkeypatch, capsys):
 def test_the_report_is_whole_and_needs_nothing_else(compared):
     page = (compared / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") == page.count('src="data:image/png;base64,') >= 2 + 5 * 4 and "http" not in page
+    assert "stlpips-pytorch==0.0.2" in page                                     # how to measure what was not
     assert page.count("<figure>") == page.count("</figure>") == 1 + 3 + 1       # slider, test images, a larger crop
     assert "<table>" in page and "nan" not in page.lower().split()
     assert Image.open(compared / "images" / "contact_sheet.png").width > 5 * 192
+    assert 5 * 128 < Image.open(compared / "crops.png").width < 6 * 128
 
 
 def test_larger_crops_are_of_the_photographs_that_stage_01_found(tmp_path, capsys):
     """Sub-folders, names with brackets, other files of the same name, and one photograph that broke since."""
     stage, policies = load_stage("05"), {"base": tiny_policy(), "tuned": tiny_policy()}
     (tmp_path / "a [1]").mkdir()
-    write_png(tmp_path / "a [1]" / "IMG_1.png", make_images(0, 96, 64)[1])
+    photo = make_images(0, 64, 128)[1]
+    photo[:, :64] = photo[:, :64].mean((0, 1))                          # flat: has less detail than what is beside it
+    write_png(tmp_path / "a [1]" / "IMG_1.png", photo)
     (tmp_path / "a [1]" / "IMG_1.json").write_bytes(b"raw")
     (tmp_path / "torn.jpg").write_bytes(b"torn")
     cfg = stage.Config(run="unused", seeds_per_image=1, large_crops=4, large_size=64)
     crops = stage.larger_crops(cfg, policies, ["a [1]/IMG_1", "gone", "torn"], hr_dir=str(tmp_path),
                                degradation="mild", scale=4)
-    assert [caption.split(",")[0] for caption in crops] == ["a [1]/IMG_1"] * 2
-    assert all(image.shape == (64, 64, 3) for images in crops.values() for key, image in images.items() if key != "LR")
+    assert list(crops) == [f"a [1]/IMG_1, 64 x 64 px at {x}, 0 of the photograph at 100% of its size" for x in (64, 0)]
+    for images, x in zip(crops.values(), (64, 0)):
+        assert list(images) == ["LR", "bicubic", "base", "tuned", "ground truth"]
+        assert np.array_equal(images["ground truth"], photo[:, x:x + 64])
+        assert all(image.shape == (64, 64, 3) for key, image in images.items() if key != "LR")
     text = capsys.readouterr().out
     assert text.count("no larger crop of gone") == text.count("no larger crop of torn") == 1
     for hr_dir in (None, str(tmp_path / "no")):             # of an import; moved away since
