@@ -38,7 +38,7 @@ STEPS, GAIN = 4, 0.25           # default sampling of what is saved: sharper tha
 CANDIDATE_STEPS = (1, 2, 5)             # T of candidates
 CANDIDATE_GAINS = (0.1, 1.0)            # from smooth to grainy
 CANDIDATE_NOISE = (0.7, 1.2)            # spread of their first latent: below 1 detail is fainter, above 1 it is grain
-REGRESSED = 0.4                         # part of the candidates that are the regressor's image: no detail is drawn
+REGRESSED = 0.25                        # part of the candidates that are the regressor's image: no detail is drawn
 EARLY_CANDIDATES = 0.25         # part of the candidates that come from early/
 
 
