@@ -418,7 +418,7 @@ def from_base(folder: Path, rng: np.random.Generator, *, lr: np.ndarray,
         record |= {"method": "painted", "strength": strength, "base": record["method"]}
     if hr is None:
         return image, record
-    share = float(rng.random())
+    share = float(rng.random()) ** 1.5          # more of them near the base policy
     return image + share * (hr - image), {"method": "partial", "strength": 1 - share, "start": record}
 
 
