@@ -341,8 +341,8 @@ def hackable(judge, cfg, lr, sr) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_weights_that_fool_the_reward_are_not_kept(toy_config, tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(STAGE, "score", hackable)
-    results = tune(toy_config, tuned, tmp_path / "run", "guard_weight=0", "lr=0.02", "steps=12", "eval_every=1",
-                   "kl_weight=0", "warmup_steps=1", "ema=0.5", "std_floor=0", "save_every=50")
+    results = tune(toy_config, tuned, tmp_path / "run", "guard_weight=0", "lr=0.01", "steps=12", "eval_every=1",
+                   "kl_weight=0", "warmup_steps=1", "ema=0.5", "lora_rank=0", "save_every=50")
     highest = max(rows_of(tmp_path / "run" / "04_train_sr_grpo"), key=lambda row: row["val_reward"])
     assert highest["val_reward"] > 1.01 * results["reward_start"] and highest["val_reward"] > results["reward_end"]
     assert (highest["val_lr_psnr"] < results["lr_psnr_floor"]
