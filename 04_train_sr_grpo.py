@@ -60,7 +60,8 @@ SHEET_ROWS = 8                      # of samples/step_*.png
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: <run>/02_train_reward
+    judge: str | None = None            # stage-02 folder of another run, a model folder or hub id, or the YAML file of
+                                        # a prompt (configs/judge.yaml); none: <run>/02_train_reward
     # policy ------------------------------------------------------------------------------------------------
     policy: str = "pixel"               # pixel: a UNet of our own, made by the cold start; ldm, upscaler, sd3: `model`
     model: str = ""                     # of these: hub id or folder of the diffusers pipeline, safetensors only
@@ -357,7 +358,9 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
     judged, fidelity = score(judge, cfg, lr, sr)
     sr = sr.nan_to_num()
     heldout = torch.tensor([metrics.held_out(*images)[0] for images in zip(to_pixels(sr), to_pixels(lr), hr)])
-    values = dist.gather_rows(torch.cat([judged, fidelity, heldout[:, None].to(judged)], 1)).mean(0).tolist()
+    values = dist.gather_rows(torch.cat([judged, fidelity, heldout[:, None].to(judged)], 1))        # [n, 3]
+    unread = values[:, 0].isnan() & values[:, 1].isfinite()             # a reply of a PromptedJudge did not parse
+    values = values[~unread].mean(0).tolist()
     return dict(zip(("val_reward", "val_lr_psnr", "val_heldout"), values)), to_pixels(dist.gather_rows(sr))
 
 
