@@ -71,7 +71,7 @@ def load_prompted(path: Path, device: torch.device) -> PromptedJudge:
                  for part in re.split(r"(\{lr\}|\{sr\})", given["prompt"]) if part]
         text = (tokenizer if qwen else processor).apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         fail(f"{path}: model {source} cannot be loaded ({' '.join(str(error).split())}); give an image-text-to-text "
              "model with a chat template, as safetensors")
     model = model.to(device).eval().requires_grad_(False)

@@ -132,7 +132,7 @@ def answer_logp(judge: Judge, features: list[Tensor], grids: Tensor, replies: li
     return padded, mask, digit_logp
 
 
-NOISE_FACTOR, LEAST_NOISE = 8, 1e-5     # of check_shared_prefix: times the noise of plain rows; nats
+NOISE_FACTOR, LEAST_NOISE = 8, 1e-4     # of check_shared_prefix: times the noise of plain rows; nats
 
 
 @torch.no_grad()
