@@ -52,7 +52,7 @@ MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sk
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene
 DOUBLE_FAULT = 0.6      # probability of an unnatural fault on top of an inconsistent one: names then say less of a rank
-PAINTED = 0.25          # probability that an image of the base policy is painted over
+PAINTED = 0.2           # probability that an image of the base policy is painted over
 FAULT_ON_PARTIAL = 0.8  # probability that an unnatural fault starts from a partial image, not from the ground truth
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 PRIOR_LIMIT = 0.8       # more of the test pairs explained by method names alone gets a warning
@@ -407,19 +407,16 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
 def from_base(folder: Path, rng: np.random.Generator, *, lr: np.ndarray,
               hr: np.ndarray | None) -> tuple[np.ndarray, dict]:
     """
-    What the base policy makes of LR, often painted over: (float [H, W, 3], record).
+    What the base policy makes of LR, perhaps painted over: (float [H, W, 3], record).
 
-    hr: a random share of what the image lacks to it is added; None: nothing is.
+    hr: half of the times, a random share of what the image lacks to it is added; None: nothing is.
     """
     image, record = base_policy.candidate(folder / "base", lr, rng)
-    image = to_float(image)
+    image, share = to_float(image), float(rng.random()) if hr is not None and rng.random() < 0.5 else 0.0
     if rng.random() < PAINTED:
-        image, strength = candidates.painted(image, rng)
-        record |= {"method": "painted", "strength": strength, "base": record["method"]}
-    if hr is None:
-        return image, record
-    share = float(rng.random()) ** 1.5          # more of them near the base policy
-    return image + share * (hr - image), {"method": "partial", "strength": 1 - share, "start": record}
+        image, record["strength"] = candidates.painted(image, rng)
+        record["method"] = "painted"
+    return (image + share * (hr - image) if share else image), record | {"share": round(share, 3)}
 
 
 # is the set worth training on ----------------------------------------------------------------------------

@@ -42,8 +42,8 @@ from common.dist import mine
 from common.groups import Cohort, all_groups, check_methods, load_cohorts, pick, require_enough
 from common.metrics import AXES
 from common.mllm import Judge
-from common.replies import (Images, answer_logp, encode, encode_images, forward, look_at, sample_replies, token_logp,
-                            write_answers)
+from common.replies import (Images, answer_logp, check_shared_prefix, encode, encode_images, forward, look_at,
+                            sample_replies, token_logp, write_answers)
 from common.small_mllm import build_small
 from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, resume,
                              save_checkpoint, set_lr, swapped, trainable, update)
@@ -98,6 +98,7 @@ class Config:
     warmup_steps: int = 10              # until the learning rate is reached; from there a cosine
     ema: float = 0.95                   # decay per step of the averaged weights, which are validated and kept
     groups_per_forward: int = 5         # memory only
+    groups_per_rollout: int = 5         # memory only: LR groups that are answered at once; needs less than training
     gradient_checkpointing: bool = False    # memory only: activations are computed again, not kept
     eval_every: int = 25                # steps; validation, and a candidate for the best weights
     save_every: int = 50                # steps; checkpoint to resume from
@@ -106,7 +107,7 @@ class Config:
         assert self.replies >= 2, f"replies={self.replies}: a group needs at least 2 replies to compare"
         for name in ("vision_width", "vision_depth", "width", "depth", "heads", "max_pixels", "cold_start_groups",
                      "direct_replies", "max_reply_tokens", "updates_per_rollout", "warmup_steps", "groups_per_forward",
-                     "eval_every", "save_every"):
+                     "groups_per_rollout", "eval_every", "save_every"):
             assert vars(self)[name] >= 1, f"{name}={vars(self)[name]}: should be at least 1"
         for name in ("lora_rank", "cold_start_steps", "cold_start_muon_lr", "cold_start_replies", "rank_weight",
                      "steps", "muon_lr", "clip_low", "clip_high", "kl_weight", "format_weight"):
@@ -177,11 +178,13 @@ def first_judge(cfg: Config, train: list[Cohort], device: torch.device) -> Judge
     return prepare(cfg, small, lora=False)
 
 
-def check_sizes(judge: Judge, cohorts: list[Cohort]) -> None:
-    """Stop if the judge would resample images; one cohort for each size of LR."""
+def check_judge(judge: Judge, cohorts: list[Cohort]) -> None:
+    """Stop if the judge would resample images, of one cohort for each size of LR, or if shared prefixes change it."""
     some = {cohort.lr.shape: cohort for cohort in cohorts}.values()
     mllm.check_sizes(judge, {cohort.images[0].shape[:2] for cohort in some},
                      "choose hr_size of stage 01, max_pixels or model so")
+    error, noise = check_shared_prefix(judge, cohorts[0])
+    dist.print0(f"shared prefixes: {error:.1e} off the log-probabilities of plain rows, whose own noise is {noise:.1e}")
 
 
 def make_optimizers(weights: Weights, lr: float, muon_lr: float = 0) -> dict[str, torch.optim.Optimizer]:
@@ -297,7 +300,7 @@ def supervised_step(judge: Judge, cfg: Config, optimizers: dict, cohorts: list[C
 
 def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val: list[Cohort]) -> None:
     """Supervised fine-tuning; writes <folder>/model or, with LoRA, <folder>/adapter and, last, done.json."""
-    check_sizes(judge, train + val)
+    check_judge(judge, train + val)
     dist.barrier()                                              # every rank has seen that there is no done.json yet
     weights = trainable(judge.model)
     averaged = copied(weights)
@@ -340,7 +343,7 @@ class Rollout:                          # what the model wrote about a few cohor
 @torch.no_grad()
 def sample(judge: Judge, cfg: Config, cohorts: list[Cohort], step: int, reasoned: set[str]) -> list[Rollout]:
     """
-    Let the model answer, groups_per_forward cohorts at a time. reasoned: ids of the cohorts that get replies with
+    Let the model answer, groups_per_rollout cohorts at a time. reasoned: ids of the cohorts that get replies with
     reasoning, too; they come first, apart from the others, because their rows are long.
 
     The randomness of an answer depends on (seed, step, LR, candidate, number) alone.
@@ -349,8 +352,8 @@ def sample(judge: Judge, cfg: Config, cohorts: list[Cohort], step: int, reasoned
     rollouts, n_digits = [], 3 * cfg.direct_replies
     for k in (cfg.replies, 0):
         chosen = [cohort for cohort in cohorts if (cohort.id in reasoned) == (k > 0)]
-        for at in range(0, len(chosen), cfg.groups_per_forward):
-            part = chosen[at:at + cfg.groups_per_forward]
+        for at in range(0, len(chosen), cfg.groups_per_rollout):
+            part = chosen[at:at + cfg.groups_per_rollout]
             looks = [int(run.np_rng(cfg.seed, "look", step, cohort.id).integers(cfg.looks)) for cohort in part]
             images = [look_at(judge, cohort, look) for cohort, look in zip(part, looks)]
             uniforms = torch.stack([
@@ -361,7 +364,10 @@ def sample(judge: Judge, cfg: Config, cohorts: list[Cohort], step: int, reasoned
                 judge, *encode(judge, images), [len(cohort.images) for cohort in part],
                 digits=uniforms[:, :n_digits].reshape(-1, cfg.direct_replies),
                 uniforms=uniforms[:, n_digits:].unflatten(1, (cfg.replies, -1))[:, :k])
-            rollouts.append(Rollout(part, images, digits, replies))
+            by_cohort = digits.split([3 * len(cohort.images) for cohort in part])
+            for first in range(0, len(part), cfg.groups_per_forward):           # training takes fewer at once
+                some = slice(first, first + cfg.groups_per_forward)
+                rollouts.append(Rollout(part[some], images[some], torch.cat(by_cohort[some]), replies[some]))
     return rollouts
 
 
@@ -551,6 +557,7 @@ def parse_rate(judge: Judge, cfg: Config, cohorts: list[Cohort]) -> float:
 @run.explained()
 def main(cfg: Config) -> None:
     started, device = time.time(), dist.init()
+    torch.backends.cuda.matmul.allow_tf32 = cfg.dtype == "bfloat16"     # exact in the head, of bfloat16 values
     folder = Path(cfg.run) / ("02_train_reward_blind" if cfg.blind else "02_train_reward")
     run.open_stage(cfg, __file__, folder, free=mllm.FREE)
     # 1. data
@@ -579,7 +586,7 @@ def main(cfg: Config) -> None:
     base = cold / "model" if (cold / "model").is_dir() else cfg.model
     judge = prepare(cfg, load_base(cfg, base, device), lora=cfg.lora_rank > 0,
                     adapter=cold / "adapter" if (cold / "adapter").is_dir() else None)
-    check_sizes(judge, train + val)
+    check_judge(judge, train + val)
     weights = trainable(judge.model)
     averaged, reference = copied(weights), copied(weights)
     optimizers = make_optimizers(weights, cfg.lr, cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else 0)

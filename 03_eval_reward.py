@@ -49,6 +49,7 @@ from common.groups import (all_groups, group_images, judged_on, label_arrays, le
 from common.images import BICUBIC, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
+from common.prompted import PromptedJudge
 from common.replies import answer_logp, sample_replies
 
 # scorer -> (its name in the table, what it sees)
@@ -80,7 +81,8 @@ MAX_REPLY_TOKENS = 64                   # for a judge that came without stage 02
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: <run>/02_train_reward
+    judge: str | None = None            # stage-02 folder of another run, a model folder or hub id, or the YAML file of
+                                        # a prompt (configs/judge.yaml); none: <run>/02_train_reward
     groups_per_forward: int = 16        # LR groups per forward pass and GPU: memory only
     sampled_groups: int = 12            # groups, spread over the split, with sampled replies, too; 0: none
     sampled_replies: int = 4            # replies per candidate there; the sampled score is their mean
@@ -609,9 +611,10 @@ def main(cfg: Config) -> None:
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
     train = leave_out(train, settings.get("held_out_methods", []))
-    with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop]     # replies and probes: whole images
-    chosen = report.spread(len(groups), 0 if crop else cfg.sampled_groups)
     judge = mllm.load_judge(judged_by, device)
+    prompted = isinstance(judge, PromptedJudge)                 # it writes its scores: there is no second read-out
+    with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop and not prompted]
+    chosen = report.spread(len(groups), 0 if crop or prompted else cfg.sampled_groups)      # as probes: whole images
     mllm.check_sizes(judge, shown_sizes(source, groups, crop), "set crop= so")
     dist.print0(f"{len(groups)} groups; {len(chosen)} of them get {cfg.sampled_replies} sampled replies per candidate")
 
@@ -657,7 +660,14 @@ def main(cfg: Config) -> None:
             notes.append(f"judge trained without LR left out: to get one, `{command_for_blind(judged_by)}`")
         if settings.get("model") == "small" and replies is not None:
             notes.append("the words of the small model carry nothing: its cold start taught it templates")
-        results, texts = evaluate(groups, train, scores, ranks, cfg.seed, scorers, notes), {}
+        unread = np.isnan(scores["judge"]) | np.isnan(scores["lr_shuffled"])    # [G, C, 3] of a PromptedJudge alone
+        if unread.all():
+            fail(f"{judged_by}: no reply of the judge fits its pattern; the first is shown above")
+        if prompted:
+            notes.append(f"{unread[..., 0].mean():.1%} of the candidates left out, as a reply did not fit the pattern")
+        results, texts = evaluate(groups, train, scores, np.where(unread, np.nan, ranks), cfg.seed, scorers,
+                                  notes), {}
+        results["unread_replies"] = round(float(np.isnan(scores["judge"][..., 0]).mean()), 4) if prompted else None
         if crop:
             results["notes"].append(f"images are larger than those the judge learned on: its scores are means over "
                                     f"crops of {crop} px, at most {cfg.crops_per_image} of each")

@@ -63,7 +63,8 @@ SHEET_ROWS = 8                      # of samples/step_*.png
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: <run>/02_train_reward
+    judge: str | None = None            # stage-02 folder of another run, a model folder or hub id, or the YAML file of
+                                        # a prompt (configs/judge.yaml); none: <run>/02_train_reward
     # policy ------------------------------------------------------------------------------------------------
     policy: str = "pixel"               # pixel: the base policy of 01; ldm, upscaler, sd3: `model`
     model: str = ""                     # of these: hub id or folder of the pipeline, safetensors only; pixel: a folder
@@ -324,7 +325,9 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
         pairs = list(zip(to_pixels(sr), to_pixels(lr), to_pixels(image_batch(source, groups, "hr"))))
         rows = [[metrics.gold(*images)[0], metrics.psnr(images[0], images[2])] for images in pairs]
         columns.append(torch.tensor(rows).to(columns[0]))
-    values = dist.gather_rows(torch.cat(columns, 1)).mean(0).tolist()
+    values = dist.gather_rows(torch.cat(columns, 1))
+    unread = values[:, 0].isnan() & values[:, 1].isfinite()             # a reply of a PromptedJudge did not parse
+    values = values[~unread].mean(0).tolist()
     return dict(zip(("val_reward", "val_lr_psnr", "val_gold", "val_psnr"), values)), to_pixels(dist.gather_rows(sr))
 
 

@@ -38,7 +38,7 @@ STEPS, GAIN = 4, 0.25           # default sampling of what is saved: sharper tha
 CANDIDATE_STEPS = (1, 2, 5)             # T of candidates
 CANDIDATE_GAINS = (0.1, 1.0)            # from smooth to grainy
 CANDIDATE_NOISE = (0.7, 1.2)            # spread of their first latent: below 1 detail is fainter, above 1 it is grain
-REGRESSED = 0.25                        # part of the candidates that are the regressor's image: no detail is drawn
+REGRESSED = 0.2                         # part of the candidates that are the regressor's image: no detail is drawn
 EARLY_CANDIDATES = 0.25         # part of the candidates that come from early/
 
 
@@ -162,7 +162,7 @@ def loaded(folder: Path) -> Policy:
 
 
 def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """A sample for LR uint8 [h, w, 3] at a random setting: (uint8 [H, W, 3], record); the method names the setting."""
+    """A sample for LR uint8 [h, w, 3] at a random setting: (uint8 [H, W, 3], record)."""
     stage = "early" if rng.random() < EARLY_CANDIDATES else "base"
     policy = loaded(folder / "early" if stage == "early" else folder)
     seen = policy.observe(torch.from_numpy(lr).permute(2, 0, 1)[None].float().div(255))
@@ -174,4 +174,4 @@ def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[n
     noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
                                  seen.device)
     image = to_pixels(sr_policy.restore(policy, seen, spread * noise))[0]
-    return image, {"method": f"{stage}-steps{steps}", "gain": round(gain, 3), "noise": round(spread, 3)}
+    return image, {"method": stage, "steps": steps, "gain": round(gain, 3), "noise": round(spread, 3)}

@@ -21,6 +21,7 @@ TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone
 def init(timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group if torchrun started us, and return this rank's device. timeout: of waiting for others."""
     torch.backends.cudnn.allow_tf32 = False     # torch's default rounds float32 convolutions to 10 bits (matmuls not)
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape, and each branch has a new one
     if "RANK" not in os.environ:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():

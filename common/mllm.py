@@ -35,6 +35,7 @@ from common.candidates import INCONSISTENT, UNNATURAL
 from common.config import fail
 from common.images import cut, grid, resize
 from common.metrics import AXES
+from common.prompted import PromptedJudge, load_prompted, written_scores
 from common.token_tree import Rows, Segment, collate, image_segment, last_tokens, text_segment
 
 PROMPT_VERSION = 1
@@ -42,7 +43,8 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")   # dense decoders of softmax attention al
 UNTRAINED_MAX_PIXELS = 2**18            # of an image shown to a model that stage 02 has not trained
 DIGITS = "123456789"
 GRAY = 128                              # of 255: what a blind judge sees in place of LR
-FREE = ("groups_per_forward", "gradient_checkpointing", "save_every")   # settings of 02 that do not change the judge
+FREE = ("groups_per_forward", "groups_per_rollout", "gradient_checkpointing", "save_every")     # settings of 02 that do
+                                        # not change the judge
 INSTRUCTION = (
     "Image 1 is the low-resolution input, image 2 a super-resolved candidate. Score each from 1 to 9: consistency "
     "of image 2 with image 1, naturalness of image 2, overall. "
@@ -160,11 +162,13 @@ def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor,
     return pixels, grids
 
 
-def check_sizes(judge: Judge, sizes: set[tuple[int, int]], remedy: str) -> None:
+def check_sizes(judge: Judge | PromptedJudge, sizes: set[tuple[int, int]], remedy: str) -> None:
     """
     Stop with one line if the judge would resample images of one of the sizes (height, width), px; a whole multiple is
     well. Of the finest stripes of 512 px, shown as 504, a third of the contrast is lost.
     """
+    if not isinstance(judge.processor, Qwen2VLImageProcessorPil):
+        return                              # a PromptedJudge of another family, which has a size of its own
     processor, budget = judge.processor, judge.processor.size
     unit = processor.patch_size * processor.merge_size
     for height, width in sorted(sizes):
@@ -269,15 +273,17 @@ def expected_after(judge: Judge, features: list[Tensor], grids: Tensor, thoughts
 
 
 @torch.no_grad()
-def expected_scores(judge: Judge, lrs: list[np.ndarray], candidates: list[list[np.ndarray]], *,
+def expected_scores(judge: Judge | PromptedJudge, lrs: list[np.ndarray], candidates: list[list[np.ndarray]], *,
                     groups_per_forward: int = 16) -> Tensor:
     """
     Deterministic scores in 1..9 of every candidate of every group, float32 [G, C, 3] on the CPU, axes as in AXES.
 
     C: the most candidates of a group; NaN where a group has fewer. Candidates do not see each other: a candidate's
     score does not depend on its group's others, on their number or order, or (to rounding) on the batch.
-    `groups_per_forward`: memory only.
+    `groups_per_forward`: memory only. Of a PromptedJudge: the scores that it writes, on its own scale.
     """
+    if isinstance(judge, PromptedJudge):
+        return written_scores(judge, lrs, candidates, pairs_per_forward=4 * groups_per_forward)
     sizes, scores = [len(images) for images in candidates], []
     for g in range(0, len(lrs), groups_per_forward):
         part = slice(g, g + groups_per_forward)
@@ -327,12 +333,12 @@ def load_model(source: str | Path, device: torch.device, *, dtype: str, lr_view:
             fail(f"model {source} is a {config.model_type}; this code knows dense Qwen2.5-VL and Qwen3-VL")
         model, info = AutoModelForImageTextToText.from_pretrained(        # what does not fit is refused below
             source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+            ignore_mismatched_sizes=True, device_map={"": device})        # 8 ranks would fill the machine's memory
         if unfit := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(unfit)} weights are missing or of another size, such as {unfit[0]}")
         processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = model.to(device).eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
         return Judge(model, tokenizer, processor, lr_view, candidate_view, device, blind)
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
         nowhere = "" if Path(source).exists() else ", and there is no such folder"
@@ -368,14 +374,16 @@ def save_judge(judge: Judge, folder: Path, *, base: str | Path) -> None:
         "prompt": judge.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)})
 
 
-def load_judge(path: str | Path, device: torch.device) -> Judge:
+def load_judge(path: str | Path, device: torch.device) -> Judge | PromptedJudge:
     """
     A frozen judge; stops with one line if there is none at `path`, or one of another prompt version.
 
     path: folder of a finished stage 02, of any run; or a transformers folder or hub id of a Qwen2.5-VL or Qwen3-VL,
-    which is then asked as it is, without training.
+    which is then asked as it is, without training; or the YAML file of a PromptedJudge.
     """
     path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        return load_prompted(path, device)
     if not (path / "judge").is_dir():
         dtype = "bfloat16" if device.type == "cuda" else "float32"
         judge = load_model(path, device, dtype=dtype, lr_view="resized", candidate_view="image")

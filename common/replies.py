@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from common import mllm, token_tree
+from common.config import fail
 from common.groups import Cohort
 from common.mllm import Judge, policy_logits, prompt_row
 from common.token_tree import Rows
@@ -131,6 +132,42 @@ def answer_logp(judge: Judge, features: list[Tensor], grids: Tensor, replies: li
     return padded, mask, digit_logp
 
 
+NOISE_FACTOR, LEAST_NOISE = 8, 1e-4     # of check_shared_prefix: times the noise of plain rows; nats
+
+
+@torch.no_grad()
+def check_shared_prefix(judge: Judge, cohort: Cohort) -> tuple[float, float]:
+    """
+    Stop with one line unless rows with a shared prefix give the log-probabilities of plain rows, on the model at hand.
+
+    Plain rows hold one candidate and one stem each. How far they differ from themselves in another batch shape is
+    the noise of the arithmetic; sharing may differ by a few times that. Returns both, of the digits, in nats.
+    """
+    features, grids = encode_images(judge, [cohort], [0])
+    count = len(grids) - 1
+
+    def digit_logp(trees: list, leaves: list[list[int]], features: list[Tensor]) -> Tensor:
+        rows = token_tree.collate(trees, judge.device)
+        hidden = mllm.hidden_states(judge, rows, features)[token_tree.last_tokens(rows, leaves)]
+        return log_softmax(policy_logits(judge, hidden)[:, judge.digit_ids], -1)               # [leaves, 9]
+
+    tree = prompt_row(judge, grids[0], grids[1:])
+    shared = digit_logp([tree], [mllm.add_stems(judge, tree, list(range(1, 1 + count)))], features)
+    plain, images = [], []
+    for c in range(1, 1 + count):
+        for stem in judge.stems:
+            plain.append(prompt_row(judge, grids[0], grids[c:c + 1]) + [token_tree.text_segment(stem, 1)])
+            images.append([features[0], features[c]])
+    single = torch.cat([digit_logp([row], [[2]], shown) for row, shown in zip(plain, images)])
+    batched = digit_logp(plain, [[2]] * len(plain), [feature for shown in images for feature in shown])
+    noise, error = (float((other - single).abs().max()) for other in (batched, shared))
+    least = max(LEAST_NOISE, 2 * torch.finfo(judge.net.dtype).eps)      # some machines compute a row alike in any batch
+    if not error <= NOISE_FACTOR * max(noise, least):
+        fail(f"shared prefixes: log-probabilities are {error:.1e} off plain rows, whose own noise is {noise:.1e}: "
+             "this model, or this version of transformers, cannot share prefixes; use the version of requirements.txt")
+    return error, noise
+
+
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF samples at temperature 1: logits [n, V], uniforms [n, k] in [0, 1) -> token ids [n, k]."""
     cdf = logits.double().softmax(-1).cumsum(-1)         # float64: u < 1 never reaches past the end
@@ -158,6 +195,9 @@ def write_answers(judge: Judge, features: list[Tensor], grids: Tensor, sizes: li
     return direct, write_replies(judge, rows, hidden, cache, sizes, uniforms)
 
 
+LOOK_EVERY = {"cpu": 1, "cuda": 8}      # tokens; a GPU has to stop for the question whether all replies have ended
+
+
 def write_replies(judge: Judge, rows: Rows, hidden: Tensor, cache: DynamicCache, sizes: list[int],
                   uniforms: Tensor) -> list[list[list[list[int]]]]:
     """
@@ -181,7 +221,7 @@ def write_replies(judge: Judge, rows: Rows, hidden: Tensor, cache: DynamicCache,
         drawn = draw(logits.flatten(0, 1), number[..., t].reshape(-1, 1)).view_as(alive)
         tokens[..., t] = torch.where(alive, drawn, judge.end_id)
         alive = alive & (drawn != judge.end_id)
-        if t + 1 == limit or not alive.any():
+        if t + 1 == limit or (t + 1) % LOOK_EVERY[device.type] == 0 and not alive.any():
             break
         prefix = torch.cat([prefix, itself], 2)                                        # prompt; tokens of each step
         hidden = judge.net.model(

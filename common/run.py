@@ -264,7 +264,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """Write one JSON object per line, whole or not at all."""
-    write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_bytes(path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode())
 
 
 def write_csv(path: Path, records: list[dict]) -> None:

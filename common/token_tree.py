@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
@@ -152,15 +152,19 @@ def branches(rows: Rows) -> list[Branch] | None:
 
 def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               *, tree: list[Branch] | None = None, scaling: float | None = None, **rest) -> tuple[Tensor, None]:
-    """As transformers' attention functions: query [B, H, L, d] -> [B, L, H, d]; without a tree it is plain SDPA."""
+    """
+    As transformers' attention functions: query [B, H, L, d] -> [B, L, H, d]; without a tree it is plain SDPA.
+
+    Grouped key heads are repeated, as transformers does with a mask: enable_gqa would mean CUDA's slowest kernel.
+    """
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
     result = torch.zeros_like(query)                                                    # padding stays 0
     for branch in tree:
         q, k, v = (x[branch.row][None, :, columns] for x, columns in (
             (query, branch.queries), (key, branch.keys), (value, branch.keys)))
-        result[branch.row][:, branch.queries] = scaled_dot_product_attention(
-            q, k, v, attn_mask=branch.mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])[0]
+        k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
+        result[branch.row][:, branch.queries] = scaled_dot_product_attention(q, k, v, branch.mask, scale=scaling)[0]
     return result.transpose(1, 2), None
 
 

@@ -64,17 +64,17 @@ def test_killed_training_goes_on_to_the_same_bytes(stage, monkeypatch, part, ste
 def test_a_candidate_is_a_sample_at_the_setting_that_its_record_names(stage):
     folder, lr = train(stage, "base"), to_pixels(shrink(images(1, seed=3)))[0]
     drawn = [base_policy.candidate(folder, lr, np.random.default_rng(seed)) for seed in range(20)]
-    assert len({record["method"] for _, record in drawn}) > 3 and all(image.shape == (32, 32, 3) for image, _ in drawn)
+    assert len({record["method"] for _, record in drawn}) == 3 and all(image.shape == (32, 32, 3) for image, _ in drawn)
     seen = sr_pipelines.load_policy(folder, CPU).observe(torch.from_numpy(lr).permute(2, 0, 1)[None] / 255)
     for seed, (image, record) in enumerate(drawn):
         rng = np.random.default_rng(seed)
         policy = sr_pipelines.load_policy(folder / "early" if rng.random() < 0.25 else folder, CPU)
-        if rng.random() < 0.25:
+        if rng.random() < 0.2:
             assert record == {"method": "regressor"}
             assert np.array_equal(to_pixels(policy.mean(seen).clamp(0, 1))[0], image)
             continue
         steps, gain, spread = int(rng.choice([1, 2, 5])), float(rng.uniform(0.1, 1)), rng.uniform(0.7, 1.2)
-        assert record["method"].endswith(f"-steps{steps}") and record["gain"] == round(gain, 3)
+        assert (record["steps"], record["gain"]) == (steps, round(gain, 3))
         noise = spread * draw_noise([(int(rng.integers(2**62)), "candidate")], (16, 8, 8), CPU)
         policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
         assert np.array_equal(to_pixels(sr_policy.restore(policy, seen, noise))[0], image)

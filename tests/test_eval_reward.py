@@ -120,7 +120,8 @@ def test_two_processes_measure_what_one_does(evaluated, toy_config, tmp_path):
 
 
 @pytest.mark.parametrize("number, settings", [
-    ("02", ["max_pixels=1000"]), ("03", ["crop=24"]), ("04", ["crop=24"]), ("03", ["crop=24", "sr_dirs=x", "lr_dir=x"])])
+    ("02", ["max_pixels=1000"]), ("03", ["crop=24"]), ("04", ["crop=24"]),
+    ("03", ["crop=24", "sr_dirs=x", "lr_dir=x"])])
 def test_images_that_the_judge_would_resample_stop_a_stage_at_its_start(toy_run, toy_config, tmp_path, capsys, number,
                                                                         settings):
     stage = load_stage(number)

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import plain_rows
-from common import mllm, token_tree
+from common import mllm, replies, token_tree
 from common.replies import draw, sample_replies, turned
 from common.small_mllm import build_tokenizer
 from conftest import build_judge, make_images
@@ -45,10 +45,12 @@ def test_likely_replies_are_those_of_greedy_generate_from_pixels(judge, monkeypa
     assert ours == [[ids, ids] for ids in wanted] and len({tuple(ids) for ids in wanted}) > 1
 
 
-@pytest.mark.parametrize("long", [10**6, 0])
-def test_sampled_replies_are_those_of_generate_with_the_same_numbers_and_of_each_alone(judge, monkeypatch, long):
+@pytest.mark.parametrize("long, look_every", [(10**6, 1), (0, 8)])
+def test_sampled_replies_are_those_of_generate_with_the_same_numbers_and_of_each_alone(judge, monkeypatch, long,
+                                                                                       look_every):
     """Whatever the checkpoint suggests for writing; Qwen2.5-VL's has a repetition penalty of 1.05."""
     monkeypatch.setattr(token_tree, "LONG", long)
+    monkeypatch.setitem(replies.LOOK_EVERY, "cpu", look_every)
     suggested = GenerationConfig(repetition_penalty=1.05, no_repeat_ngram_size=2, num_beams=2, min_new_tokens=9,
                                  do_sample=True, temperature=0.1, top_k=3, suppress_tokens=[judge.end_id])
     monkeypatch.setattr(judge.net, "generation_config", suggested)

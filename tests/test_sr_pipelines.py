@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, VQModel
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # torchrun starts this file, see the end
+import gpu_check
 from common import dist, restoring, run, sr_pipelines, sr_policy
 from common.images import to_pixels
 from common.sr_pipelines import PIPELINES, Published
@@ -95,6 +96,14 @@ def save_model(kind: str, folder: Path) -> dict[str, str]:
 def models(tmp_path_factory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("models")
     return {kind: save_model(kind, folder / kind) for kind in KINDS}
+
+
+def test_what_a_gpu_would_be_asked_starts_on_any_machine(tmp_path, capsys):
+    results = gpu_check.main("tiny", tmp_path)
+    assert results == json.loads((tmp_path / "results.json").read_text()) | {"seconds": results["seconds"]}
+    assert results["02"]["grad_norm"] == results["02"]["grad_norm_resumed"] > 0 and results["02"]["ratio_max"] == 1
+    assert results["shared prefixes"]["gradient_cosine"] > 0.99 and results["04"]["grad_norm"] > 0
+    assert "images_per_second_one_at_a_time" in capsys.readouterr().out
 
 
 def load(kind: str, folder: Path, **settings):

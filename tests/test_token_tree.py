@@ -11,6 +11,7 @@ import torch
 
 import plain_rows
 from common import mllm, replies, token_tree
+from common.groups import Cohort
 from common.replies import answer_logp, token_logp
 from common.small_mllm import build_tokenizer
 from conftest import load_stage, make_images
@@ -58,6 +59,31 @@ def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, mo
     assert gradients.keys() == plain.keys() and any("visual" in name for name in plain) == (trained == "all")
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * max(1, float(gradient.abs().max())))
+
+
+@pytest.mark.parametrize("family, dtype, long", [
+    ("qwen2_5_vl", "float32", 10**6), ("qwen3_vl", "float32", 0), ("qwen3_vl", "bfloat16", 0)])
+def test_a_shared_prefix_that_changes_scores_beyond_the_noise_stops_the_run(tmp_path, monkeypatch, capsys, family,
+                                                                            dtype, long):
+    """A fault of our own making: a candidate sees the one before it."""
+    monkeypatch.setattr(token_tree, "LONG", long)
+    save_random(tmp_path, family, build_tokenizer())
+    judge, collate, nothing = load(tmp_path, lora=True, dtype=dtype), token_tree.collate, np.zeros((3, 3))
+    cohort = Cohort("", GROUPS[1][0], GROUPS[1][1:], [""] * 3, nothing, nothing)
+    error, noise = replies.check_shared_prefix(judge, cohort)
+    assert max(error, noise) < (1e-4 if dtype == "float32" else 0.06)
+
+    def leaky(rows, device):
+        result = collate(rows, device)
+        result.mask[:, 0] |= torch.ones_like(result.mask[0, 0]).tril() & result.valid[:, None]
+        return result
+
+    monkeypatch.setattr(token_tree, "collate", leaky)
+    monkeypatch.setattr(token_tree, "LONG", 10**6)                      # branches would take their keys from the tree
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        replies.check_shared_prefix(judge, cohort)
+    assert "cannot share prefixes" in capsys.readouterr().err
 
 
 def test_plain_rows_are_what_transformers_computes_from_pixels(judge):

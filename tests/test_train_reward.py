@@ -229,6 +229,20 @@ def test_a_frozen_vision_tower_sees_each_image_of_a_step_once(monkeypatch, lora_
     assert sum(seen) == 2 * 3 * (1 if lora_rank else 4)         # trained: rollout, reference, policy of two updates
 
 
+def test_answering_many_lr_images_at_once_changes_memory_alone():
+    answers = []
+    for at_once in (1, 4):
+        judge, cfg = build_judge(replies=2, direct_replies=4, max_reply_tokens=6, groups_per_forward=2,
+                                 groups_per_rollout=at_once)
+        rollouts = stage.sample(judge, cfg, gray_cohorts(40)[:4], 0, {"gray0", "gray2", "gray3"})
+        answers.append({cohort.id: (digits.tolist(), written) for rollout in rollouts
+                        for cohort, digits, written in zip(rollout.cohorts, rollout.digits.split(6), rollout.replies,
+                                                           strict=True)})
+        assert max(len(rollout.cohorts) for rollout in rollouts) == min(2, at_once)
+        assert all(len(rollout.images) == len(rollout.cohorts) for rollout in rollouts)
+    assert answers[0] == answers[1] and len(answers[0]) == 4
+
+
 # learning ------------------------------------------------------------------------------------------------------
 
 def gray_cohorts(best: int) -> list[Cohort]:
