@@ -123,8 +123,9 @@ class Config:
         for source in self.sources:
             assert not self.lr_dir or set(source.get("kinds", [])) <= {"resample"}, \
                 "candidates: hr, inconsistent and unnatural need ground truth, which lr_dir has not"
-            assert not {"base", "partial"} & set(source.get("kinds", [])) or (self.hr_dir and self.base_steps), \
-                "candidates: base needs hr_dir, and base_steps above 0"
+            from_base = not self.import_from and {"base", "partial"} & set(source.get("kinds", []))
+            assert not from_base or self.hr_dir and self.base_steps, \
+                "candidates: base and partial need hr_dir, and base_steps above 0"
             assert self.hf_prompt or source.get("guidance", 1) <= 1, \
                 "candidates: guidance compares with an empty prompt, so it needs hf_prompt"
 
