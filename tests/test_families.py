@@ -204,7 +204,7 @@ def test_cold_start_and_grpo_are_one_lora_that_plain_peft_loads_on_the_published
         (folder.parent / "01_build_dataset").symlink_to(toy_run / "01_build_dataset")
         cfg = load_config(stage.Config, stage.__file__, [
             str(toy_config), f"run={folder.parent}", f"model={hub}", "candidate_view=image", "lora_rank=4",
-            "cold_start_steps=4", "cold_start_lr=1e-2", "cold_start_replies=1", "steps=3", "lr=0.1",
+            "cold_start_steps=4", "cold_start_lr=1e-2", "cold_start_replies=1", "steps=3", "lr=0.03",
             "reasoned_groups=1", "replies=2", "max_reply_tokens=4", "save_every=1", "eval_every=1"])
 
         def log_and_stop(at: Path, step: int, row: dict) -> None:

@@ -125,7 +125,7 @@ def test_03_and_04_take_it_as_the_judge_and_count_replies_without_a_score(toy_ru
         return judge
 
     monkeypatch.setattr(mllm, "load_prompted", load_digits)
-    for number, settings in (("03", []), ("04", ["steps=1", "cold_start_steps=2", "std_floor=0", "eval_every=1"])):
+    for number, settings in (("03", []), ("04", ["steps=1", "std_floor=0", "eval_every=1"])):
         stage = load_stage(number)
         stage.main(load_config(stage.Config, stage.__file__, [
             str(toy_config), f"run={tmp_path}", f"judge={path}", *settings]))

@@ -26,7 +26,7 @@ def judge(request, tmp_path_factory) -> mllm.Judge:
     save_random(folder, request.param, build_tokenizer())
     judge = load(folder, lora=True)
     with torch.no_grad():
-        judge.net.lm_head.weight[judge.end_id] *= 3
+        judge.net.lm_head.weight[judge.end_id] *= 10
     return judge
 
 
