@@ -1,7 +1,7 @@
 """
 Build the preference data set: photographs -> crops -> LR images -> several SR candidates per LR -> rankings.
 
-Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 7 min
+Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 9 min at most
         python 01_build_dataset.py configs/demo.yaml hr_dir=/my/photographs run=runs/mine
         python 01_build_dataset.py configs/demo.yaml annotate=true           # then people compare candidates
         python 01_build_dataset.py configs/demo.yaml labels=human            # and what they said becomes the labels
@@ -13,7 +13,7 @@ Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/
                                   base/ (base_steps: the SR policy whose samples are candidates, and 04's start)
                                   config.yaml  manifest.json (how many labels, what names alone explain)
                                   judgements.jsonl  annotation_report.md (if people judge)
-Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.91 of the test pairs right.
+Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.72 of the test pairs right.
 
 The labels are a PROXY for human preference, computed with the ground truth (common/metrics.py): consistency
 compares the down-sampled candidate with the down-sampled HR image; naturalness compares the local detail with the
@@ -47,7 +47,7 @@ from common.groups import SPLITS, all_groups, label_arrays, method_prior
 from common.images import TEXTURES, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
-ZOOM = 0.25, 0.5        # photographs are shrunk by a random factor: many scales, and each pixel as sharp as SR should be
+ZOOM = 0.25, 0.5        # photographs are shrunk by a random factor: many scales, and each pixel as sharp as can be
 MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sky, all candidates look alike
 CROP_TRIES = 20         # draws until a crop has that much detail; then the best of them is taken
 TEXTURE_SHARE = 0.2     # of max_source_share, for photographs of scikit-image that are texture and no scene

@@ -19,8 +19,8 @@ RESAMPLERS = ("nearest", "bilinear", "bicubic", "lanczos")
 POST_FILTERS = ("none", "unsharp", "median", "denoise")
 INCONSISTENT = ("warp", "color_drift", "foreign", "texture")
 # faults and how often each is drawn: most often what SR networks do
-UNNATURAL = {"blur": 2, "smear": 3, "invented": 3, "grain": 4, "oversharpen": 2, "ringing": 1, "motion_blur": 1, "noise": 1,
-             "gray_noise": 1, "jpeg": 1, "mosaic": 1}
+UNNATURAL = {"blur": 2, "smear": 3, "invented": 3, "grain": 4, "oversharpen": 2, "ringing": 1, "motion_blur": 1,
+             "noise": 1, "gray_noise": 1, "jpeg": 1, "mosaic": 1}
 
 # Hacking probes of 03: name -> axis that it hurts, what was done to HR. Fixed strengths, plainly visible at 64 px and
 # inside the range that stage 01 trains on, so that a probe tests the judge and not the eye.

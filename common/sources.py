@@ -39,7 +39,8 @@ def expand(entries: list[str]) -> list[dict]:
         folder:     {method, folder}
         hf:         {method, model} and those of seed, steps, guidance that the entry gives
     """
-    expanded, names = [], {*KINDS, "painted", "regressor", *candidates.RESAMPLERS, *candidates.INCONSISTENT, *candidates.UNNATURAL}
+    expanded, names = [], {*KINDS, "early", "painted", "regressor", *candidates.RESAMPLERS, *candidates.INCONSISTENT,
+                           *candidates.UNNATURAL}
     for entry in entries:
         if not entry.startswith(("folder:", "hf:")):
             for kind in entry.split("|"):
