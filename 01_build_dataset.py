@@ -84,7 +84,7 @@ class Config:
     test_sources: list[str] = field(default_factory=list)   # the same for the test split
     val_fraction: float = 0.05          # part of the photographs, chosen by a hash of seed and name
     test_fraction: float = 0.1          # the same for the test split
-    # candidates: one entry each: hr, resample, inconsistent, unnatural, base (`a|b`: one of them by chance),
+    # candidates: one entry each: hr, resample, inconsistent, unnatural, base, partial (`a|b`: by chance),
     # folder:NAME=PATH (outputs of any SR program, matched by file name), hf:NAME=MODEL (id or path), perhaps followed
     # by ?seeds=2&steps=10+20&guidance=1+4 (all combinations, joined by + and not by commas); see common/sources.py
     candidates: list[str] = field(default_factory=lambda: list(sources.BUILT_IN))   # see above
@@ -362,9 +362,11 @@ def build_group(cfg: Config, job: dict) -> dict:
         write_png(folder / path, image)
         records.append({"id": f"{name}_{index}", "path": path} | record)
         if hr is not None:
-            consistency = metrics.proxy_consistency(image, hr, lr)
-            naturalness = 1.0 if image is natural else metrics.detail_score(image, natural)
-            overall = min(consistency, metrics.detail_score(image, hr))
+            overall, consistency, naturalness = metrics.gold(image, lr, hr)
+            if image is natural:
+                naturalness = 1.0
+            elif natural is not hr:                     # other content, before a fault
+                naturalness = metrics.detail_score(image, natural)
             for axis, score in zip(AXES, (consistency, naturalness, overall)):
                 scores[axis].append(round(score, 4))
     labels = {axis: {"ranks": metrics.ranks(values, cfg.tie_margin), "scores": values, "source": "proxy",
@@ -389,11 +391,13 @@ def make_candidate(cfg: Config, folder: Path, kind: str, rng: np.random.Generato
         image, record = from_base(folder, rng, lr=lr, hr=image if kind == "partial" else None)
         return to_uint8(image), hr, record
     if kind == "unnatural":
-        start = {}
+        start = None
         if cfg.base_steps and rng.random() < FAULT_ON_PARTIAL:
             image, start = from_base(folder, rng, lr=lr, hr=image)
         image, record = candidates.unnatural(image, to_float(foreign), cfg.scale, rng)
-        return to_uint8(image), hr, record | ({"start": start} if start else {})
+        if start:
+            record["start"] = start
+        return to_uint8(image), hr, record
     double = rng.random() < DOUBLE_FAULT
     strongest = DOUBLE_STRONGEST if double else 1.0
     image, record = candidates.inconsistent(image, to_float(foreign), rng, strongest=strongest)
@@ -413,11 +417,15 @@ def from_base(folder: Path, rng: np.random.Generator, *, lr: np.ndarray,
     hr: half of the times, a random share of what the image lacks to it is added; None: nothing is.
     """
     image, record = base_policy.candidate(folder / "base", lr, rng)
-    image, share = to_float(image), float(rng.random()) if hr is not None and rng.random() < 0.5 else 0.0
+    image, share = to_float(image), 0.0
+    if hr is not None and rng.random() < 0.5:
+        share = float(rng.random())
     if rng.random() < PAINTED:
         image, record["strength"] = candidates.painted(image, rng)
         record["method"] = "painted"
-    return (image + share * (hr - image) if share else image), record | {"share": round(share, 3)}
+    if share:
+        image = image + share * (hr - image)
+    return image, record | {"share": round(share, 3)}
 
 
 # is the set worth training on ----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from common import degrade, dist, iqa, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy, st_lpips
 from common.config import fail, load_config
 from common.groups import image_batch, judged_on, load_groups, require_one_size
-from common.images import find, listed, luma, read_image, resize, sheet, to_pixels, write_png
+from common.images import find, from_pixels, listed, luma, read_image, resize, sheet, to_pixels, write_png
 from common.sr_policy import Policy
 
 LONGEST_WAIT = timedelta(days=2)    # of ranks that are done for the one with the most of your pictures
@@ -176,7 +176,7 @@ def measure(image: np.ndarray, lr: np.ndarray, hr: np.ndarray, models: dict[str,
     """METRICS but the reward (ST-LPIPS: with its weights), then pyiqa's, of one uint8 image [H, W, 3]."""
     values = [*metrics.gold(image, lr, hr), metrics.psnr(image, hr), metrics.ssim(image, hr)]
     if stlpips:
-        x, y = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).to(device) for pixels in (image, hr))
+        x, y = (from_pixels(pixels).to(device) for pixels in (image, hr))
         values.append(float(st_lpips.distance(stlpips, x, y)))
     return [*values, metrics.lr_psnr(image, lr, len(hr) // len(lr)), *iqa.measure(models, image, hr, device)]
 
@@ -302,7 +302,7 @@ def larger_crops(cfg: Config, policies: dict[str, Policy], sources: list[str], *
     for i, (source, where, hr) in enumerate(found[:cfg.large_crops]):
         rng = run.np_rng(cfg.seed, "large crop", i)
         low = degrade.apply(hr, degrade.sample_params(int(rng.integers(2**62)), degradation, scale))
-        lr = torch.from_numpy(low).permute(2, 0, 1)[None].float().div(255)
+        lr = from_pixels(low)
         images = {"bicubic": bicubic(lr, scale)[0, 0], "hr": hr} | {
             name: restore(policy, lr, [f"large {i}"], seed=cfg.seed, samples=1)[0, 0]
             for name, policy in policies.items()}

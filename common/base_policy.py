@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import dist, run, sr_policy
 from common.config import fail
 from common.groups import image_batch
-from common.images import to_pixels, turn
+from common.images import from_pixels, to_pixels, turn
 from common.sr_policy import Policy, Regressor, Sampler
 from common.training import (average, copied, cosine, drop_checkpoints, resume, save_checkpoint, set_lr, swapped,
                              trainable, update, Weights)
@@ -165,7 +165,7 @@ def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[n
     """A sample for LR uint8 [h, w, 3] at a random setting: (uint8 [H, W, 3], record)."""
     stage = "early" if rng.random() < EARLY_CANDIDATES else "base"
     policy = loaded(folder / "early" if stage == "early" else folder)
-    seen = policy.observe(torch.from_numpy(lr).permute(2, 0, 1)[None].float().div(255))
+    seen = policy.observe(from_pixels(lr))
     if rng.random() < REGRESSED:
         return to_pixels(policy.mean(seen).clamp(0, 1))[0], {"method": "regressor"}
     steps = int(rng.choice(CANDIDATE_STEPS))

@@ -23,14 +23,13 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common import dist, run
 from common.config import fail, nearest
-from common.images import read_image
+from common.images import from_pixels, read_image
 from common.metrics import AXES, pair_hits
 
 SPLITS = ("train", "val", "test")
@@ -168,7 +167,7 @@ read_often = lru_cache(maxsize=4096)(read_checked)                  # training o
 def image_batch(folder: Path, groups: list[dict], key: str) -> Tensor:
     """The "lr" or "hr" images of groups, all of one size: [B, 3, height, width] in 0..1."""
     pixels = np.stack([read_often(folder / group[key], group.get("sha256", {}).get(group[key])) for group in groups])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous()
+    return from_pixels(pixels).contiguous()
 
 
 def require_one_size(folder: Path, groups: list[dict]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import skimage
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -145,6 +146,11 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 def to_pixels(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] in 0..1 -> uint8 [B, H, W, 3]."""
     return images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_pixels(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3], or one image [H, W, 3] -> [B, 3, H, W] in 0..1."""
+    return torch.from_numpy(images if images.ndim == 4 else images[None]).permute(0, 3, 1, 2).float().div(255)
 
 
 def turn(images: Tensor, which: int) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from common.config import fail
+from common.images import from_pixels
 
 
 def load(names: list[str], device: torch.device) -> dict[str, torch.nn.Module]:
@@ -31,7 +32,6 @@ def needs_truth(metric: torch.nn.Module) -> bool:
 def measure(metrics: dict[str, torch.nn.Module], image: np.ndarray, hr: np.ndarray | None,
             device: torch.device) -> list[float]:
     """The value of each metric for a uint8 image [H, W, 3]; NaN where it needs the ground truth and hr is None."""
-    x, y = (pixels if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).to(device)
-            for pixels in (image, hr))
+    x, y = (None if pixels is None else from_pixels(pixels).to(device) for pixels in (image, hr))
     return [(float(metric(x, y)) if y is not None else float("nan")) if needs_truth(metric) else float(metric(x))
             for metric in metrics.values()]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import mllm, report, run, sr_policy
 from common.config import fail
-from common.images import BICUBIC, MAX_PIXELS, cut, find, grid, read_image, resize, to_pixels, write_png
+from common.images import BICUBIC, MAX_PIXELS, cut, find, from_pixels, grid, read_image, resize, to_pixels, write_png
 from common.metrics import AXES
 from common.mllm import Judge
 from common.sr_policy import Policy
@@ -118,7 +118,7 @@ def restore(policy: Policy, lr: np.ndarray, key: tuple, *, tile: int, overlap: i
     """
     below, right = (-length % policy.multiple for length in lr.shape[:2])
     padded = np.pad(lr, ((0, below), (0, right), (0, 0)), mode="reflect")
-    padded = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div(255).to(policy.times.device)
+    padded = from_pixels(padded).to(policy.times.device)
     tiles = cut_into_tiles(*padded.shape[-2:], tile=tile, overlap=overlap, multiple=policy.multiple)
     several = len(tiles.corners) > 1
     if several and policy.kind == "sd3":                # it encodes LR at the size of SR: too large
@@ -225,7 +225,7 @@ def restore_picture(folder: Path, picture: Picture, policies: dict[str, Policy],
         record["reason"] = f"cannot be read: {error}"
     else:
         scale = next(iter(policies.values())).sampler.scale
-        smooth = torch.from_numpy(lr).permute(2, 0, 1)[None].float().div(255)
+        smooth = from_pixels(lr)
         smooth = sr_policy.upsample(smooth, scale).clamp(0, 1)                              # [1, 3, H, W]
         images, outputs = {BICUBIC: to_pixels(smooth)[0]}, {}
         for name, policy in policies.items():

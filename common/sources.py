@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import candidates, dist, run
 from common.config import fail
-from common.images import SUFFIXES, read_image, to_pixels, write_png
+from common.images import SUFFIXES, from_pixels, read_image, to_pixels, write_png
 
 BUILT_IN = ("hr", "resample", "inconsistent", "unnatural")      # kinds of candidates that need no model
 KINDS = (*BUILT_IN, "base", "partial")      # samples of base_policy.py; between these and the ground truth
@@ -139,7 +139,7 @@ def load_model(source: dict, prompt: str, device: torch.device) -> Callable:
 
     @torch.no_grad()
     def restore(lrs: list[np.ndarray], generators: list[torch.Generator]) -> list[np.ndarray]:
-        pixels = torch.from_numpy(np.stack(lrs)).permute(0, 3, 1, 2).float().div(255)          # [B, 3, h, w]
+        pixels = from_pixels(np.stack(lrs))                                                    # [B, 3, h, w]
         if is_network:
             return list(to_pixels(model(pixel_values=pixels.to(device)).reconstruction.clamp(0, 1)))
         sampling = {"num_inference_steps": source.get("steps", STEPS), "generator": generators}
