@@ -321,14 +321,16 @@ def test_04_resumed_after_a_checkpoint_is_the_same_to_the_byte(tuned, toy_config
     assert rows_of(folder) == rows_of(tuned / "04_train_sr_grpo")
 
 
-def test_04_with_three_processes_trains_the_same_weights(tuned, toy_config, toy_run, tmp_path):
-    target = copy_of(toy_run, tmp_path / "run")
-    done = run_stage("04", toy_config, f"run={target}", processes=3)
+def test_04_with_four_processes_trains_the_same_weights(tuned, toy_config, toy_run, tmp_path):
+    settings = ["steps=2", "inputs_per_step=5", "eval_inputs=4", "warmup_steps=0"]      # one rank has two LR images
+    tune(toy_config, tuned, tmp_path / "one", *settings)
+    done = run_stage("04", toy_config, f"run={copy_of(toy_run, tmp_path / 'four')}", *settings, processes=4)
     assert done.returncode == 0, done.stderr
-    one, three = (load_file(folder / "04_train_sr_grpo" / "checkpoints" / "step_000004" / "weights.safetensors")
-                  for folder in (tuned, target))
-    for name, tensor in one.items():
-        assert torch.allclose(three[name], tensor, atol=1e-4), name     # moved by some 1e-3
+    one, four = (load_file(tmp_path / name / "04_train_sr_grpo" / "checkpoints" / "step_000002" / "weights.safetensors")
+                 for name in ("one", "four"))
+    for name, tensor in one.items():                                    # moved by some 1e-3; Adam magnifies rounding
+        error = (four[name] - tensor).abs()
+        assert error.mean() < 2e-5 and error.max() < 4e-3, name
 
 
 def hackable(judge, cfg, lr, sr) -> tuple[torch.Tensor, torch.Tensor]:
