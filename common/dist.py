@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=10)     # longer than one rank works alone
 
 def init(timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group if torchrun started us, and return this rank's device. timeout: of waiting for others."""
-    torch.backends.cudnn.allow_tf32 = False     # torch's default rounds float32 convolutions to 10 bits (matmuls not)
+    allow_tf32(False)                           # torch's default rounds float32 convolutions to 10 bits (matmuls not)
     torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each shape, and each branch has a new one
     if "RANK" not in os.environ:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,6 +33,11 @@ def init(timeout: timedelta = TIMEOUT) -> torch.device:
     torch.cuda.set_device(local_rank)
     torch_dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     return torch.device("cuda", local_rank)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of float32 convolutions and matrix products to TF32, 10 bits; sums stay."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def rank() -> int:

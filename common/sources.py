@@ -29,6 +29,7 @@ QUERY = re.compile(rf"(?:seeds=({WHOLE}))?&?(?:steps=({WHOLE}(?:\+{WHOLE})*))?"
                    rf"&?(?:guidance=({NUMBER}(?:\+{NUMBER})*))?")      # one value, or several: 10+20
 STEPS = 50                                                      # denoising steps where an entry gives none
 OPTIONS = ("seed", "steps", "guidance")
+BFLOAT16 = ("cuda",)                                            # devices on which UNets multiply in it
 
 
 def expand(entries: list[str]) -> list[dict]:
@@ -136,6 +137,8 @@ def load_model(source: dict, prompt: str, device: torch.device) -> Callable:
         model.eval()
     else:
         model.set_progress_bar_config(disable=True)
+        if device.type in BFLOAT16:                         # not the autoencoder: it rounds pixels
+            model.unet.forward = torch.autocast(device.type, torch.bfloat16)(model.unet.forward)
 
     @torch.no_grad()
     def restore(lrs: list[np.ndarray], generators: list[torch.Generator]) -> list[np.ndarray]:

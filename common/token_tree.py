@@ -123,30 +123,35 @@ def reply_tokens(rows: Rows, written: list[tuple[int, int]]) -> tuple[Tensor, ..
 
 NAME = "token_tree"
 LONG = 1536                             # tokens; in shorter rows one dense attention is about as fast
+PAD_TO = {"cpu": 1, "cuda": 64}         # tokens of a branch are filled up to a multiple: a GPU prefers few shapes
 
 
 @dataclass
 class Branch:
     row: int
-    queries: Tensor                     # [q] columns
-    keys: Tensor                        # [k] columns
-    mask: Tensor                        # [q, k] bool, True = may attend
+    count: int                          # of the queries, less those that fill up
+    queries: Tensor                     # [q] columns; the last one fills up
+    keys: Tensor                        # [k] columns; likewise
+    mask: Tensor                        # [q, k] bool, True = may attend; what fills up keys is never seen
 
 
 def branches(rows: Rows) -> list[Branch] | None:
     """The branches of all rows; None where rows are shorter than LONG."""
     if rows.ids.shape[1] < LONG:
         return None
-    result = []
+    result, multiple = [], PAD_TO[rows.ids.device.type]
     for b, tree in enumerate(rows.trees):
         columns: dict[int, list[int]] = {}                      # of the root, 0, and of each of its children
         for s, segment in enumerate(tree):
             child = path(tree, s)[1] if s else 0                # which child of the root the segment belongs to
             columns.setdefault(child, []).extend(range(rows.starts[b][s], rows.starts[b][s] + len(segment.ids)))
         for child, queries in columns.items():
-            keys = torch.tensor(columns[0] + queries if child else queries, device=rows.ids.device)
-            queries = torch.tensor(queries, device=rows.ids.device)
-            result.append(Branch(b, queries, keys, rows.mask[b, 0][queries][:, keys]))
+            keys = columns[0] + queries if child else queries
+            filled = [torch.tensor(own + own[-1:] * (-len(own) % multiple), device=rows.ids.device)
+                      for own in (queries, keys)]
+            mask = rows.mask[b, 0][filled[0]][:, filled[1]]
+            mask[:, len(keys):] = False
+            result.append(Branch(b, len(queries), *filled, mask))
     return result
 
 
@@ -164,7 +169,8 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
         q, k, v = (x[branch.row][None, :, columns] for x, columns in (
             (query, branch.queries), (key, branch.keys), (value, branch.keys)))
         k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
-        result[branch.row][:, branch.queries] = scaled_dot_product_attention(q, k, v, branch.mask, scale=scaling)[0]
+        seen, own = scaled_dot_product_attention(q, k, v, branch.mask, scale=scaling)[0], branch.queries[:branch.count]
+        result[branch.row][:, own] = seen[:, :branch.count]
     return result.transpose(1, 2), None
 
 

@@ -121,7 +121,7 @@ def test_torchrun_ends_the_job_at_once_and_names_the_rank(how, status):
 
 
 def test_one_process_needs_no_torchrun():
-    torch.backends.cudnn.allow_tf32 = True                              # torch's default
+    dist.allow_tf32(True)                                               # of convolutions: torch's default
     assert dist.init().type in ("cpu", "cuda")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32    # float32 is float32
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)

@@ -108,6 +108,14 @@ def test_an_image_does_not_depend_on_its_batch(saved, tmp_path, model, query):
     assert np.array_equal(again["b"], both["b"])
 
 
+@pytest.mark.parametrize("model", ["ldm", "up/model"])
+def test_products_in_bfloat16_make_nearly_the_same_image(saved, tmp_path, monkeypatch, model):
+    plain = made(saved, tmp_path / "float32", model, names=["a"], query="?steps=3")["a"].astype(int)
+    monkeypatch.setattr(sources, "BFLOAT16", ("cpu",))
+    error = np.abs(made(saved, tmp_path / "bfloat16", model, names=["a"], query="?steps=3")["a"] - plain)
+    assert 0 < error.mean() < 0.02 * plain.std(), (error.mean(), plain.std())
+
+
 def test_seeds_steps_and_guidance_make_other_images(saved, tmp_path):
     first = made(saved, tmp_path / "1", "up/model", names=["a"], query="?steps=1")["a"]
     others = [("?seeds=2&steps=1", ""), ("?steps=3", ""), ("?steps=1&guidance=4", "a b c")]

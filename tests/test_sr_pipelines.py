@@ -25,7 +25,7 @@ from common.sr_pipelines import PIPELINES, Published
 from common.training import adapter_off, trainable
 from conftest import load_stage, run_stage
 from test_sources import save_ldm, save_upscaler
-from test_sr_policy import add_lora
+from test_sr_policy import add_lora, tiny_policy
 
 KINDS = tuple(PIPELINES)
 STEPS, CPU = 4, torch.device("cpu")
@@ -137,6 +137,15 @@ def keys(count: int = 3) -> list[tuple]:
 def noise(policy, width: int = 0) -> torch.Tensor:
     side = 8 if policy.kind == "sd3" else 16
     return sr_policy.draw_noise(keys(), (1 + width, policy.channels, side, side), CPU)
+
+
+def test_cuda_may_round_products_of_published_models_alone(kind, models, tmp_path):
+    tiny_policy().save(tmp_path / "small")
+    dist.init()
+    sr_pipelines.load_policy(tmp_path / "small", CPU)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    load(kind, tmp_path / "before", **models[kind])
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
 def stock(kind: str, model: str, controlnet: str = "", *, lora: Path | None = None, prompt: str = "",

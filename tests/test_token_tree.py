@@ -42,10 +42,11 @@ def loss_and_gradients(judge: mllm.Judge, groups: list[list]) -> tuple[torch.Ten
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("trained, long", [("lora", 10**6), ("lora", 0), ("all", 0)])
-def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, monkeypatch, trained, long):
-    """With one dense mask, and branch by branch (long 0)."""
+@pytest.mark.parametrize("trained, long, multiple", [("lora", 10**6, 1), ("lora", 0, 1), ("all", 0, 64)])
+def test_loss_and_gradients_of_shared_prefixes_are_those_of_plain_rows(judge, monkeypatch, trained, long, multiple):
+    """With one dense mask, and branch by branch (long 0), these filled up to multiples of so many tokens."""
     monkeypatch.setattr(token_tree, "LONG", long)
+    monkeypatch.setitem(token_tree.PAD_TO, "cpu", multiple)
     frozen = {name for name, p in judge.model.named_parameters() if not p.requires_grad}
     judge.model.requires_grad_(True) if trained == "all" else None
     results = []
