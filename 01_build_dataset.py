@@ -75,6 +75,7 @@ class Config:
     max_source_share: float = 0.15      # no photograph gives more than this part of the groups of its split
     # instead: a preference set that exists; common/imports.py documents its two layouts ---------------------
     import_from: str | None = None      # a table (.csv, .jsonl), or a folder of numbered folders as in RefSR-18K
+                                        # (hf download casyssong/RefSR-18K --repo-type dataset --local-dir FOLDER)
     import_roles: list[str] = field(default_factory=list)   # of such a folder: which file is what, as ROLE=PATTERN
     # groups: one LR image and its candidates ------------------------------------------------------------------
     train_groups: int = 20000           # LR images per split

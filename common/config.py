@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -56,8 +57,8 @@ def load_config(cls: type, script_path: str, argv: list[str] | None = None):
     if not argv or "=" in argv[0]:
         fail(f"usage: python {stem}.py CONFIG.yaml [key=value ...]   (--help lists every setting)")
     hints = typing.get_type_hints(cls)
-    values = {}
-    for where, key, value in read_yaml(argv[0], stem) + read_overrides(argv[1:]):
+    values, overrides = {}, read_overrides(argv[1:])
+    for where, key, value in read_yaml(argv[0], stem) + overrides:
         if key not in hints:
             fail(f"{where}: {stem}.py has no setting '{key}'; did you mean '{nearest(key, hints)}'? "
                  f"`python {stem}.py --help` lists all")
@@ -72,7 +73,8 @@ def load_config(cls: type, script_path: str, argv: list[str] | None = None):
     try:
         return cls(**values)
     except (AssertionError, ValueError) as error:            # the checks of __post_init__
-        fail(f"{argv[0]}: {stem}: {error}")
+        typed = any(re.search(rf"\b{key}\b", str(error)) for _, key, _ in overrides)
+        fail(f"{'command line' if typed else argv[0]}: {stem}: {error}")
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -14,9 +14,13 @@ A table (.csv, its first line names the columns, or .jsonl) has a line for each 
 An axis has one kind of these columns, filled in for all candidates of an LR image or for none. Equal values tie.
 All other columns are kept under `extra` of the candidate.
 
-The other layout is a folder with a numbered folder for each LR image (RefSR-18K: six pictures in each, as far as one
-knows without having seen it). `import_roles` says by patterns which file is what: lr, ranks, perhaps hr; every other
-role is a candidate and names its method.
+The other layout is a folder with a numbered folder for each LR image, as RefSR-18K has it: six pictures in each, as far
+as one knows without having seen it.
+
+    hf download casyssong/RefSR-18K --repo-type dataset --local-dir data/RefSR-18K
+
+`import_roles` says by patterns which file is what: lr, ranks, perhaps hr; every other role is a candidate and names its
+method.
 
     import_roles: [lr=LR.*, hr=HR.*, a=1.*, b=2.*, c=3.*, d=4.*, ranks=ranks.json]
 

@@ -12,6 +12,7 @@ Any image-text-to-text model of transformers as the judge, untrained: asked by a
 LR is shown bicubic at the candidate's size. Replies are greedy. A reply that does not match has no score, NaN; an axis
 without a group gets the mean of the others. Every candidate costs a written reply: a judge of stage 02 needs none.
 """
+import logging
 import re
 import sys
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from common.images import resize
 from common.metrics import AXES
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")       # their AutoProcessor would need torchvision, for videos
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # without a network: ten lines of retries
 KEYS = {"model": str, "prompt": str, "pattern": str, "max_tokens": int}
 
 

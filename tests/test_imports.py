@@ -1,7 +1,7 @@
 """
 A preference set that exists, imported by stage 01: labels, pictures and splits are right, and what is wrong is named.
 
-Run     python -m pytest tests/test_imports.py      # 10 s on one core
+Run     python -m pytest tests/test_imports.py      # 20 s on one core
 """
 import csv
 import hashlib
@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import run
+from common.config import load_config
 from common.groups import label_arrays, load_groups
 from common.images import read_image, resize, write_png
+from conftest import ROOT, load_stage
 from test_build_dataset import run_here
+from test_readme import commands
 
 SCENES = [f"{i:03d}" for i in range(8)]
 METHODS = ("BSRGAN", "RealESRGAN", "ResShift", "SwinIR")
@@ -162,6 +166,18 @@ def test_numbered_folders_of_six_pictures(build, pictures, tmp_path, name, text,
     assert {axis: label["ranks"] for axis, label in line["labels"].items()} == labels
     assert (folder / line["hr"]).read_bytes() == (pictures / "hr" / "002.png").read_bytes()
     assert (folder / line["candidates"][1]["path"]).read_bytes() == (pictures / METHODS[1] / "002.png").read_bytes()
+
+
+def test_the_readmes_command_for_refsr_leads_to_a_judge(pictures, toy_config, tmp_path):
+    command, = (command for command in commands() if any("import_roles" in word for word in command))
+    write_folders(tmp_path / "ref", pictures)
+    settings = [f"run={tmp_path / 'run'}", f"import_from={tmp_path / 'ref'}", "workers=1"]
+    assert run_here(ROOT / command[1], *command[2:], *settings) == 0
+    stage = load_stage("02")
+    stage.main(load_config(stage.Config, stage.__file__, [
+        str(toy_config), settings[0], "cold_start_steps=1", "steps=1", "max_reply_tokens=6"]))
+    results = run.read_json(tmp_path / "run" / "02_train_reward" / "manifest.json")["results"]
+    assert 0 <= results["val_pair_accuracy"] <= 1
 
 
 # what is refused: one line that says where and what to do; nothing is written ----------------------------------

@@ -10,7 +10,7 @@ import shlex
 import pytest
 import torch
 
-from common import mllm
+from common import mllm, prompted
 from common.config import STAGES, load_config
 from common.images import write_png
 from conftest import ROOT, load_stage, make_images
@@ -37,6 +37,11 @@ def test_commands_name_scripts_and_settings_that_exist():
     for script, config, *settings in commands():
         stage = load_stage(script[:2])
         load_config(stage.Config, stage.__file__, [str(ROOT / config), *settings])          # stops if it does not parse
+
+
+def test_the_judge_without_training_is_asked_for_what_it_is_read_by():
+    given = prompted.read_settings(ROOT / "configs" / "judge.yaml")
+    assert re.findall(given["pattern"], given["prompt"]) == [("5", "5", "5")]
 
 
 def test_the_test_command_is_the_one_of_ci():
