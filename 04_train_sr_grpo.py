@@ -72,7 +72,8 @@ class Config:
     noise_level: int = 20               # upscaler: noise added to LR, as a time step of its training
     prompt: str = ""                    # upscaler, sd3: text that the network gets with every image, without guidance
     denoise_steps: int = 4              # T, divides 1000 (not so for sd3)
-    gain: float = 0.25                  # pixel: share of the drawn detail that is added to the regressor's image
+    gain: float = 0.15                  # pixel: share of the drawn detail that is added to the regressor's image
+    sharpening: bool = True             # pixel: how much to sharpen where is an action, too
     # GRPO --------------------------------------------------------------------------------------------------
     steps: int = 60                     # GRPO steps
     inputs_per_step: int = 8            # LR images (G), over all GPUs: changes the result
@@ -89,7 +90,7 @@ class Config:
     lora_rank: int = 4                  # 0: train all weights; the reference is then a frozen copy
     lora_alpha: int = 8                 # LoRA's scale is lora_alpha / lora_rank
     clip_range: float = 1e-4            # of the ratio; small, as a log-probability here is a mean over C h w elements
-    kl_weight: float = 1e-4             # KL between the means of the steps, to the policy before GRPO
+    kl_weight: float = 0.02             # KL between the means of the steps, to the policy before GRPO
     ema: float = 0.9                    # decay per step of the averaged weights, which are evaluated and kept
     ratio_tolerance: float = 1e-5       # |log ratio| of untrained samples beyond which the run does not start
     # reward ------------------------------------------------------------------------------------------------
@@ -145,6 +146,9 @@ def start_policy(cfg: Config, folder: Path, *, source: Path, scale: int) -> None
     base = sr_policy.load_small(place, torch.device("cpu"))
     if base.sampler.scale != scale:
         fail(f"policy: {place} enlarges by {base.sampler.scale}, the images of {source} need {scale}: name another")
+    if cfg.sharpening and base.map is None:
+        torch.manual_seed(run.stable_seed(cfg.seed, "map"))             # networks start from torch's own generator
+        base.map = sr_policy.SharpeningMap()
     if dist.is_main():
         folder.mkdir(exist_ok=True)
         sr_policy.with_sampling(base, steps=cfg.denoise_steps, gain=cfg.gain).save(folder)
@@ -167,17 +171,18 @@ def named(**parts: Weights) -> Weights:
 
 
 def with_reference(cfg: Config, policy: Policy) -> tuple[Policy, Policy]:
-    """The policy to train and its reference: with LoRA the same object (adapter off), else with a UNet of its own."""
+    """The policy to train, and the frozen one before GRPO: they share what is not trained, and a UNet that has LoRA."""
     if cfg.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     if cfg.lora_rank:
         torch.manual_seed(run.stable_seed(cfg.seed, "lora"))            # peft draws from torch's own generator
         policy.unet = get_peft_model(policy.unet, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
                                                              target_modules=policy.lora_layers))
-        return policy, policy
-    shared = {id(part): part for name, part in policy.named_children() if name != "unet"}       # autoencoder, ..
-    trained = copy.deepcopy(policy, shared)
-    trained.unet.requires_grad_(True)
+    own = ("map",) if cfg.lora_rank else ("map", "unet")                # the others: autoencoder, regressor, ..
+    trained = copy.deepcopy(policy, {id(part): part for name, part in policy.named_children() if name not in own})
+    for name in own:
+        if getattr(trained, name) is not None:
+            getattr(trained, name).requires_grad_(True)
     return trained, policy
 
 
@@ -189,9 +194,14 @@ def roll_out(policy: Policy, cfg: Config, lr: Tensor, *, ids: list[str], step: i
     seen = policy.observe(lr, keys).repeat_interleave(k, 0)             # by the group: with the same noise, if any
     shape = (policy.channels, *seen.shape[-2:])
     first = sr_policy.draw_noise(keys, (1, *shape), lr.device).repeat_interleave(k, 0)          # [g * K, 1, C, h, w]
-    others = sr_policy.draw_noise([(*key, i) for key in keys for i in range(k)], (cfg.window_width, *shape), lr.device)
+    each = [(*key, i) for key in keys for i in range(k)]
+    others = sr_policy.draw_noise(each, (cfg.window_width, *shape), lr.device)
     noise = torch.cat([first, others], 1)                                                   # [g * K, 1 + W, C, h, w]
-    return [sr_policy.sample(policy, seen[rows], noise[rows], start=cfg.window_start, eta=cfg.eta, sampler=cfg.sampler)
+    map_noise = None
+    if policy.map is not None:
+        map_noise = sr_policy.draw_noise([(*key, "map") for key in each], policy.map(seen[:1]).shape[1:], lr.device)
+    return [sr_policy.sample(policy, seen[rows], noise[rows], map_noise=None if map_noise is None else map_noise[rows],
+                             start=cfg.window_start, eta=cfg.eta, sampler=cfg.sampler)
             for rows in torch.arange(len(seen)).split(cfg.samples_per_gpu)]
 
 
@@ -236,7 +246,7 @@ def learn(policy: Policy, reference: Policy, cfg: Config, *, rollouts: list[Roll
     Updates on a step's samples with advantages [g * K]; one without a finite loss and gradient changes nothing, on any
     rank. Returns what is logged.
     """
-    weights = trainable(policy.unet)
+    weights = trainable(policy)
     old_logps, error, ratio_max, skipped_updates = [None] * len(rollouts), torch.zeros(()), torch.zeros(()), 0
     for _ in range(cfg.updates_per_rollout):
         sums = {}
@@ -262,21 +272,21 @@ def loss_of(policy: Policy, reference: Policy, cfg: Config, *, rollout: Rollout,
     """
     Loss of a micro-batch of B samples with advantages [B]: its part of the mean over all actions of the step.
 
-    old_logp: [B, W] log-probabilities under the policy that sampled; None: that is this one. Returns the loss, the
+    old_logp: [B, A] log-probabilities under the policy that sampled; None: that is this one. Returns the loss, the
     log-probabilities now, and what is logged: parts that sum to means over the step, and ratio_max.
     """
-    actions = cfg.inputs_per_step * cfg.samples_per_input * cfg.window_width    # of the step, over all GPUs
-    mean, std = sr_policy.replay(policy, rollout)                               # [B * W, C, h, w], [B * W, 1, 1, 1]
-    logp = sr_policy.log_prob(rollout, mean, std)                               # [B, W]
+    actions = sr_policy.replay(policy, rollout)
+    logp = sr_policy.log_prob(rollout, actions)                                 # [B, A]
+    count = cfg.inputs_per_step * cfg.samples_per_input * logp.shape[1]         # of the step, over all GPUs
     loss, stats = grpo_loss(logp, logp.detach() if old_logp is None else old_logp, advantages,
-                            clip_low=cfg.clip_range, clip_high=cfg.clip_range, denominator=actions)
+                            clip_low=cfg.clip_range, clip_high=cfg.clip_range, denominator=count)
     row = {"loss": loss.detach()}
     if cfg.kl_weight:                                                           # or else the reference is not asked
         with torch.no_grad(), adapter_off(reference.unet):
-            ref_mean, _ = sr_policy.replay(reference, rollout)
-        ref_kl = gaussian_kl(mean, ref_mean, std).sum() / actions
+            before = sr_policy.replay(reference, rollout)
+        ref_kl = sum(gaussian_kl(now.mean, ref.mean, now.std).sum() for now, ref in zip(actions, before)) / count
         loss, row["ref_kl"] = loss + cfg.kl_weight * ref_kl, ref_kl.detach()
-    row |= {key: stats[key] * logp.numel() / actions for key in ("policy_kl", "clip_frac_low", "clip_frac_high")}
+    row |= {key: stats[key] * logp.numel() / count for key in ("policy_kl", "clip_frac_low", "clip_frac_high")}
     return loss, logp.detach(), row | {"ratio_max": stats["ratio_max"]}
 
 
@@ -285,7 +295,7 @@ def check_ratio(policy: Policy, cfg: Config, rollouts: list[Rollout]) -> float:
     worst = torch.zeros(())
     with torch.no_grad():
         for rollout in rollouts:
-            logp = sr_policy.log_prob(rollout, *sr_policy.replay(policy, rollout))
+            logp = sr_policy.log_prob(rollout, sr_policy.replay(policy, rollout))
             worst = torch.maximum(worst, (logp - rollout.logp).abs().max().cpu())
     worst = float(dist.gather_rows(worst[None]).max())
     if not worst <= cfg.ratio_tolerance:
@@ -398,7 +408,7 @@ def main(cfg: Config) -> None:
     write_sheet(folder / "samples" / "step_0000.png", source=source, groups=fixed, before=before, now=before)
 
     # 3. GRPO
-    weights = trainable(policy.unet)
+    weights = trainable(policy)
     averaged, best = copied(weights), copied(weights)
     optimizer = torch.optim.AdamW(weights.values(), lr=cfg.lr, weight_decay=0.0)
     first, state = resume(folder, named(policy=weights, averaged=averaged, best=best), {"adamw": optimizer})

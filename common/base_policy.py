@@ -34,11 +34,12 @@ BATCH = 16                      # LR/HR pairs per step, over all ranks
 LEARNING_RATE = 2e-3            # AdamW, 50 steps of warm-up, then half a cosine
 EMA = 0.99                      # decay per step of the averaged weights, which are kept
 SAVE_EVERY = 200                # steps between checkpoints
-STEPS, GAIN = 4, 0.25           # default sampling of what is saved: sharper than bicubic, and not below it in PSNR
+STEPS, GAIN = 4, 0.15           # default sampling of what is saved: sharper than bicubic, with little grain
 CANDIDATE_STEPS = (1, 2, 5)             # T of candidates
 CANDIDATE_GAINS = (0.1, 1.0)            # from smooth to grainy
 CANDIDATE_NOISE = (0.7, 1.2)            # spread of their first latent: below 1 detail is fainter, above 1 it is grain
 REGRESSED = 0.2                         # part of the candidates that are the regressor's image: no detail is drawn
+SHARPENED, CANDIDATE_SHARPENING = 0.6, (-0.5, 2.5)      # part of the candidates, and how much; GRPO may sharpen, too
 EARLY_CANDIDATES = 0.25         # part of the candidates that come from early/
 
 
@@ -166,12 +167,16 @@ def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[n
     stage = "early" if rng.random() < EARLY_CANDIDATES else "base"
     policy = loaded(folder / "early" if stage == "early" else folder)
     seen = policy.observe(from_pixels(lr))
+    sharpening = float(rng.uniform(*CANDIDATE_SHARPENING)) if rng.random() < SHARPENED else 0.0
     if rng.random() < REGRESSED:
-        return to_pixels(policy.mean(seen).clamp(0, 1))[0], {"method": "regressor"}
-    steps = int(rng.choice(CANDIDATE_STEPS))
-    gain, spread = float(rng.uniform(*CANDIDATE_GAINS)), float(rng.uniform(*CANDIDATE_NOISE))
-    policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
-    noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
-                                 seen.device)
-    image = to_pixels(sr_policy.restore(policy, seen, spread * noise))[0]
-    return image, {"method": stage, "steps": steps, "gain": round(gain, 3), "noise": round(spread, 3)}
+        image, record = policy.mean(seen), {"method": "regressor"}
+    else:
+        steps = int(rng.choice(CANDIDATE_STEPS))
+        gain, spread = float(rng.uniform(*CANDIDATE_GAINS)), float(rng.uniform(*CANDIDATE_NOISE))
+        policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
+        noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
+                                     seen.device)
+        image = sr_policy.restore(policy, seen, spread * noise)
+        record = {"method": stage, "steps": steps, "gain": round(gain, 3), "noise": round(spread, 3)}
+    image = sr_policy.sharpen(image, sharpening).clamp(0, 1)
+    return to_pixels(image)[0], record | {"sharpening": round(sharpening, 3)}

@@ -154,7 +154,7 @@ def save_lora(network: nn.Module, part: str, folder: Path) -> None:
 
 class LatentPolicy(nn.Module):
     """UNet, autoencoder and schedule of a pipeline. `unet` may be wrapped by peft."""
-    lora_layers = LORA_LAYERS
+    lora_layers, map = LORA_LAYERS, None
 
     def __init__(self, pipeline, sampler: Published):
         super().__init__()
@@ -226,7 +226,7 @@ class LatentPolicy(nn.Module):
 
 class FlowPolicy(nn.Module):
     """Transformer, ControlNet, autoencoder and text of a StableDiffusion3ControlNetPipeline."""
-    kind, lora_layers = "sd3", LORA_LAYERS
+    kind, lora_layers, map = "sd3", LORA_LAYERS, None
 
     def __init__(self, pipeline, sampler: Published):
         super().__init__()

@@ -14,16 +14,21 @@ turns one into the other, so each sampler works for both; cps is the same in eit
 
 **The small policy** is a regressor and a diffusion model of the luma detail that the regressor leaves out:
 
-    SR = R(LR) + gain sigma pixel_shuffle(z)
+    SR = R(LR) + gain sigma pixel_shuffle(z)                                        before GRPO
+    SR = R(LR) + a (R(LR) - box blur of R(LR)) + gain sigma pixel_shuffle(z)        with a sharpening map a
 
 R is a small residual network over bicubic. z is what a diffusers UNet2DModel draws: luma of HR - R(LR),
 pixel-unshuffled by the scale s to C = s^2 channels and divided by one number, sigma, so that unpredictable fine detail
 keeps its small share of the loss. The UNet works at the size of LR, s^2 times cheaper than in pixels, sees LR and
 R(LR), and predicts v; the schedule ends at zero signal. A gain below 1 adds less of it. Color is the regressor's.
+The sharpening map says how much to sharpen where. A small network chooses it from LR before the first denoising step;
+in a rollout it is drawn from a normal distribution around that choice, and so is the first action of the sample. Stage
+04 adds the network; untrained it chooses 0, which changes nothing.
 
 **Any policy** (see sr_pipelines.py for published ones) is a module with `unet` (the network that is trained), `kind`,
 `sampler` (what sampler.json holds), `channels`, `multiple` (of which LR's sides are multiples), `lora_layers`, `times`
-[T] and `levels` [T + 1, 4]; and observe (what it sees of LR), predict (a state's clean latent and noise), decode, save.
+[T] and `levels` [T + 1, 4]; and observe (what it sees of LR), predict (a state's clean latent and noise), decode, save; and
+`map`, the network of the sharpening map, or None.
 
 Shapes: B samples, C latent channels, h w size of the latent (the small policy's: LR's), H W size of SR, T denoising
 steps, W of them random; levels are 0 (noise) .. T (clean).
@@ -33,6 +38,7 @@ process (DDPO) arXiv 2305.13301; diffusion of a regressor's residual (SRDiff) ar
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +53,11 @@ from common.training import merged
 SAMPLERS = ("ddim", "sde", "cps")
 CONTRAST_FLOOR = 2 / 255            # about the noise of an 8-bit JPEG
 CONDITION_CHANNELS = 7              # of condition()
-REGRESSOR = "regressor.safetensors"
+REGRESSOR, MAP = "regressor.safetensors", "map.safetensors"
+MAP_CELL = 4                        # LR px: side of a cell of the sharpening map
+MAP_WIDTH = 32                      # channels of its network: 11,329 weights
+MAP_STD = 0.4                       # standard deviation of a drawn map around the choice
+MAP_BOX = 5                         # SR px: sharpening adds what a box blur of this side takes away
 TRAIN_STEPS = 1000                  # time steps of the small policy's noise schedule
 
 
@@ -126,14 +136,15 @@ def step(policy: "Policy", x: Tensor, index: Tensor, seen: Tensor, *, eta: float
 
 @dataclass(frozen=True)
 class Rollout:
-    """Samples and the random steps that made them; the policy acts W times per sample."""
+    """Samples and what made them. The A actions of a sample: its sharpening map, if there is one, and W steps."""
     seen: Tensor                    # [B, .., h, w] what the policy sees of LR: its observe()
     latents: Tensor                 # [B, W + 1, C, h, w] before the first random step ... after the last
-    logp: Tensor                    # [B, W] log-density of each random step when sampled, mean over C h w
+    logp: Tensor                    # [B, A] log-density of each action when sampled, mean over its elements
     images: Tensor                  # [B, 3, H, W] SR in 0..1
     start: int                      # index of the first random step
     eta: float                      # how random
     sampler: str                    # one of SAMPLERS
+    map: Tensor | None              # [B, 1, h / 4, w / 4] sharpening map that was drawn; a policy without one: None
 
 
 def draw_noise(keys: list[tuple], shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -142,16 +153,22 @@ def draw_noise(keys: list[tuple], shape: tuple[int, ...], device: torch.device) 
 
 
 @torch.no_grad()
-def sample(policy: "Policy", seen: Tensor, noise: Tensor, *, start: int = 0, eta: float = 1.0,
-           sampler: str = "ddim") -> Rollout:
+def sample(policy: "Policy", seen: Tensor, noise: Tensor, *, map_noise: Tensor | None = None, start: int = 0,
+           eta: float = 1.0, sampler: str = "ddim") -> Rollout:
     """
     Draw SR for what the policy sees of LR, from noise [B, 1 + W, C, h, w]: the first latent, then one per random step.
 
-    Steps start .. start + W - 1 are random, the others are ODE steps.
+    Steps start .. start + W - 1 are random, the others are ODE steps. map_noise: standard normal, of the sharpening
+    map's shape; None: the policy has no map, or the map is the one that it chooses.
     """
     width, steps = noise.shape[1] - 1, policy.sampler.steps
     assert start + width < steps, f"random steps end before step {steps - 1}: it adds no noise and has no density"
-    x, latents, logp = noise[:, 0], [], []
+    drawn, logp = None, []
+    if map_noise is not None:
+        choice = policy.map(seen)
+        drawn = choice + MAP_STD * map_noise
+        logp.append(grpo.gaussian_logp(drawn, choice, MAP_STD))
+    x, latents = noise[:, 0], []
     for i in range(steps):
         index = torch.full((len(seen),), i, device=seen.device)
         if start <= i < start + width:
@@ -163,8 +180,9 @@ def sample(policy: "Policy", seen: Tensor, noise: Tensor, *, start: int = 0, eta
         else:
             x, _ = step(policy, x, index, seen)
     latents = torch.stack([*latents, last], 1) if width else noise[:, :0]
-    logp = torch.stack(logp, 1) if width else noise.new_zeros(len(seen), 0)
-    return Rollout(seen, latents, logp, policy.decode(x, seen), start, eta, sampler)
+    logp = torch.stack(logp, 1) if logp else noise.new_zeros(len(seen), 0)
+    image = policy.decode(x, seen) if drawn is None else policy.decode(x, seen, drawn)     # only ours knows maps
+    return Rollout(seen, latents, logp, image, start, eta, sampler, drawn)
 
 
 def restore(policy: "Policy", seen: Tensor, noise: Tensor) -> Tensor:
@@ -172,17 +190,28 @@ def restore(policy: "Policy", seen: Tensor, noise: Tensor) -> Tensor:
     return sample(policy, seen, noise[:, None]).images
 
 
-def replay(policy: "Policy", rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Mean [B * W, C, h, w], std [B * W, 1, 1, 1] of a rollout's random steps under policy, with gradient."""
-    count, width = rollout.logp.shape
-    index = torch.arange(rollout.start, rollout.start + width, device=rollout.seen.device).repeat(count)
-    seen = rollout.seen.repeat_interleave(width, 0)
-    return step(policy, rollout.latents[:, :-1].flatten(0, 1), index, seen, eta=rollout.eta, sampler=rollout.sampler)
+class Actions(NamedTuple):
+    """N draws from normal distributions."""
+    drawn: Tensor                   # [N, ...]
+    mean: Tensor                    # [N, ...] under the policy that is asked, with gradient
+    std: Tensor                     # [N, 1, 1, 1]
 
 
-def log_prob(rollout: Rollout, mean: Tensor, std: Tensor) -> Tensor:
-    """[B, W] log-density of the rollout's random steps under the mean and std of replay()."""
-    return grpo.gaussian_logp(rollout.latents[:, 1:].flatten(0, 1), mean, std).view_as(rollout.logp)
+def replay(policy: "Policy", rollout: Rollout) -> list[Actions]:
+    """A rollout's actions under policy: the B sharpening maps, if there are any, and the B * W random steps."""
+    seen, (count, width) = rollout.seen, (len(rollout.seen), rollout.latents.shape[1] - 1)
+    index = torch.arange(rollout.start, rollout.start + width, device=seen.device).repeat(count)
+    mean, std = step(policy, rollout.latents[:, :-1].flatten(0, 1), index, seen.repeat_interleave(width, 0),
+                     eta=rollout.eta, sampler=rollout.sampler)
+    steps = Actions(rollout.latents[:, 1:].flatten(0, 1), mean, std)
+    if rollout.map is None:
+        return [steps]
+    return [Actions(rollout.map, policy.map(seen), std.new_full((count, 1, 1, 1), MAP_STD)), steps]
+
+
+def log_prob(rollout: Rollout, actions: list[Actions]) -> Tensor:
+    """[B, A] log-density of the rollout's actions, as replay() gave them."""
+    return torch.cat([grpo.gaussian_logp(*kind).view(len(rollout.seen), -1) for kind in actions], 1)
 
 
 # the small policy: what its networks see --------------------------------------------------------------------------
@@ -197,9 +226,14 @@ def upsample(lr: Tensor, scale: int) -> Tensor:
     return F.interpolate(lr, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
-def local_mean(image: Tensor) -> Tensor:
-    """Mean of 3 x 3 px, same size."""
-    return F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+def local_mean(image: Tensor, side: int = 3) -> Tensor:
+    """Mean of side x side px, same size; side is odd."""
+    return F.avg_pool2d(F.pad(image, (side // 2,) * 4, mode="replicate"), side, 1)
+
+
+def sharpen(image: Tensor, amount: Tensor | float) -> Tensor:
+    """Unsharp mask of [B, 3, H, W]; amount: [B, 1, H, W] or one number."""
+    return image + amount * (image - local_mean(image, MAP_BOX))
 
 
 def contrast(lr: Tensor) -> Tensor:
@@ -244,6 +278,23 @@ class Regressor(nn.Module):
         return upsample(lr, self.scale) + F.pixel_shuffle(detail, self.scale)
 
 
+class SharpeningMap(nn.Module):
+    """What observe() gave [B, .., h, w] -> sharpening map [B, 1, h / 4, w / 4], rounded up; before training 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(CONDITION_CHANNELS, MAP_WIDTH, 3, padding=1)
+        self.second = nn.Conv2d(MAP_WIDTH, MAP_WIDTH, 3, padding=1)
+        self.last = nn.Conv2d(MAP_WIDTH, 1, 1)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        inside = F.silu(self.first(condition(seen[:, :3])))
+        inside = F.avg_pool2d(inside, MAP_CELL, ceil_mode=True)
+        return self.last(F.silu(self.second(inside)))
+
+
 @dataclass(frozen=True)
 class Sampler:
     """What sampling needs beside the weights: sampler.json in the policy's folder."""
@@ -257,18 +308,19 @@ class Sampler:
 
 
 class Policy(nn.Module):
-    """The small policy: UNet, regressor and schedule. `unet` may be wrapped by peft; the regressor stays as it is."""
+    """The small policy: UNet, regressor, schedule, perhaps a detail map. `unet` may be wrapped by peft."""
     kind, multiple = "pixel", 1     # LR may have any size: velocity() pads
     # convolutions, time embedding; conv_out has a large gradient, nearly all noise
     lora_layers = ["conv1", "conv2", "time_emb_proj", "linear_1", "linear_2"]
 
-    def __init__(self, unet: nn.Module, regressor: Regressor, sampler: Sampler):
+    def __init__(self, unet: nn.Module, regressor: Regressor, sampler: Sampler, sharpening: SharpeningMap | None = None):
         super().__init__()
         count = len(sampler.betas)
         if count % sampler.steps:
             fail(f"{sampler.steps} denoising steps: they should divide the {count} time steps that the policy was "
                  "trained with")
-        self.unet, self.regressor, self.sampler, self.channels = unet, regressor, sampler, sampler.scale ** 2
+        self.unet, self.regressor, self.map = unet, regressor, sharpening
+        self.sampler, self.channels = sampler, sampler.scale ** 2
         self.unit = 2 ** (len(unet.config.block_out_channels) - 1)      # sides of the UNet's input: multiples of it
         times = list(range(count - 1, -1, -(count // sampler.steps)))   # [T] evenly spaced from pure noise on
         signal = torch.cumprod(1 - torch.tensor(sampler.betas, dtype=torch.float64), 0)         # [N]
@@ -290,10 +342,14 @@ class Policy(nn.Module):
         """HR [B, 3, H, W] in 0..1 -> clean latent [B, C, h, w], of unit spread over the training crops."""
         return F.pixel_unshuffle(gray(hr - self.mean(seen)), self.sampler.scale) / self.sampler.sigma
 
-    def decode(self, latent: Tensor, seen: Tensor) -> Tensor:
-        """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1."""
-        detail = F.pixel_shuffle(latent, self.sampler.scale) * (self.sampler.gain * self.sampler.sigma)
-        return (self.mean(seen) + detail).clamp(0, 1)
+    def decode(self, latent: Tensor, seen: Tensor, sharpening: Tensor | None = None) -> Tensor:
+        """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1, with this sharpening map; None: the one chosen, if any."""
+        mean, detail = self.mean(seen), F.pixel_shuffle(latent, self.sampler.scale)
+        if self.map is not None:
+            chosen = self.map(seen) if sharpening is None else sharpening
+            chosen = F.interpolate(chosen, scale_factor=MAP_CELL * self.sampler.scale, mode="bilinear")
+            mean = sharpen(mean, chosen[..., :mean.shape[-2], :mean.shape[-1]])
+        return (mean + detail * (self.sampler.gain * self.sampler.sigma)).clamp(0, 1)
 
     def velocity(self, x: Tensor, time: Tensor, seen: Tensor) -> Tensor:
         """Predicted v [B, C, h, w], float32, for a noisy latent x [B, C, h, w] at training time steps [B]."""
@@ -313,6 +369,8 @@ class Policy(nn.Module):
         self.unet = merged(self.unet)
         self.unet.save_pretrained(folder)
         run.save_tensors(folder / REGRESSOR, self.regressor.state_dict())
+        if self.map is not None:
+            run.save_tensors(folder / MAP, self.map.state_dict())
         run.write_json(folder / "sampler.json", asdict(self.sampler))
 
 
@@ -336,7 +394,7 @@ def zero_terminal_betas() -> list[float]:
 
 def with_sampling(policy: Policy, *, steps: int, gain: float) -> Policy:
     """The same networks, shared, under another number of denoising steps and another gain."""
-    other = Policy(policy.unet, policy.regressor, replace(policy.sampler, steps=steps, gain=gain))
+    other = Policy(policy.unet, policy.regressor, replace(policy.sampler, steps=steps, gain=gain), policy.map)
     return other.to(policy.signal.device).train(policy.training)
 
 
@@ -353,9 +411,12 @@ def load_small(folder: Path, device: torch.device) -> Policy:
     """The frozen policy that Policy.save wrote, or one line that says what is wrong with it."""
     sampler = read_sampler(Sampler, folder)
     regressor, weights = Regressor(sampler.scale, sampler.width, sampler.blocks), run.load_tensors(folder / REGRESSOR)
+    sharpening = SharpeningMap() if (folder / MAP).exists() else None
     try:
         regressor.load_state_dict(weights)
+        if sharpening is not None:
+            sharpening.load_state_dict(run.load_tensors(folder / MAP))
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
-        return Policy(unet, regressor, sampler).to(device).eval().requires_grad_(False)
+        return Policy(unet, regressor, sampler, sharpening).to(device).eval().requires_grad_(False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:     # RuntimeError: other or missing weights
         fail(f"{folder}: the policy cannot be loaded ({error}); run the stage that wrote it again")

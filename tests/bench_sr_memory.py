@@ -52,7 +52,7 @@ def measure(changes: dict) -> dict:
     unet = sr_policy.new_unet([64, 96], scale=4, side=lr.shape[-1])
     policy = sr_policy.Policy(unet, sr_policy.Regressor(4, 48, 6), sampler)
     policy, reference = stage.with_reference(cfg, policy.eval().requires_grad_(False))
-    optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-4)
     rollouts = stage.roll_out(policy, cfg, lr, ids=["a", "b"], step=0)
     advantages = grpo.group_advantages(torch.arange(16.0).view(2, 8)).flatten()
     for _ in range(2):

@@ -155,7 +155,7 @@ def sr_step(cfg, judge: mllm.Judge, folder: Path, device: torch.device, *, side:
         "upscaler", str(build_upscaler(folder, tiny)), 4, cfg.denoise_steps, cfg.noise_level))
     policy, reference = stage.with_reference(cfg, sr_pipelines.load_policy(folder / "policy", device))
     lr = torch.rand(cfg.inputs_per_step, 3, side // 4, side // 4, generator=run.generator(0, "lr"))
-    optimizer, times = torch.optim.AdamW(trainable(policy.unet).values(), lr=cfg.lr), [dist.clock(device)]
+    optimizer, times = torch.optim.AdamW(trainable(policy).values(), lr=cfg.lr), [dist.clock(device)]
     policy.eval()
     rollouts = stage.roll_out(policy, cfg, lr.to(device), ids=[f"{i}" for i in range(len(lr))], step=0)
     times.append(dist.clock(device))

@@ -111,7 +111,8 @@ def test_weight_drift_stops_every_rank(tmp_path):
     assert [Path(tmp_path, f"stopped_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
-@pytest.mark.parametrize("how, status", [("raises", 1), ("is killed", -9)])
+# -6: Python's exit sometimes destroys a thread of gloo that still runs, which aborts the process after its traceback
+@pytest.mark.parametrize("how, status", [("raises", "(1|-6)"), ("is killed", "-9")])
 def test_torchrun_ends_the_job_at_once_and_names_the_rank(how, status):
     begun = time.monotonic()
     done = launch("end", how)

@@ -265,8 +265,9 @@ def test_a_rollout_is_replayed_with_ratio_one_whatever_the_batch(policy, kind, s
     alone = [sr_policy.sample(policy, seen[i:i + 1], drawn[i:i + 1], start=1, eta=0.7, sampler=sampler) for i in (0, 2)]
     assert (rollout.images[::2] - torch.cat([one.images for one in alone])).abs().max() < 1e-4
     policy.train()
-    mean, std = sr_policy.replay(policy, rollout)
-    assert (sr_policy.log_prob(rollout, mean, std) - rollout.logp).abs().max() < 1e-5
+    actions = sr_policy.replay(policy, rollout)
+    assert (sr_policy.log_prob(rollout, actions) - rollout.logp).abs().max() < 1e-5
+    (_, mean, std), = actions
     expected = torch.distributions.Normal(mean, std).log_prob(rollout.latents[:, 1:].flatten(0, 1))
     assert torch.allclose(rollout.logp, expected.flatten(1).mean(1).view(3, 2), atol=1e-5)
 
@@ -291,7 +292,7 @@ def test_an_update_moves_trained_weights_only(kind, models, tmp_path, rank):
                        eta=0.7, samples_per_input=3, samples_per_gpu=4, window_width=2, gradient_checkpointing=True,
                        **models[kind])
     policy, reference = stage.with_reference(cfg, load(kind, tmp_path / "before", **models[kind]))
-    assert (policy is reference) == bool(rank) and policy.vae is reference.vae  # only the network is ever held twice
+    assert (policy.unet is reference.unet) == bool(rank) and policy.vae is reference.vae    # only the network is ever held twice
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-2)
     for step in range(2):

@@ -5,8 +5,10 @@ Run     python -m pytest tests/test_sr_policy.py        # 20 s
 """
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import uniform_filter
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from peft import LoraConfig, get_peft_model
 
@@ -34,7 +36,8 @@ def noise(count: int, width: int = 0, seed: int = 0) -> torch.Tensor:
     return sr_policy.draw_noise([(seed, "noise", k) for k in range(count)], (1 + width, *LATENT), CPU)
 
 
-def tiny_policy(dropout: float = 0.0) -> Policy:
+def tiny_policy(dropout: float = 0.0, sharpening: float | None = None) -> Policy:
+    """sharpening: the mean choice of its map, which varies by some 0.1; None: it has no map."""
     torch.manual_seed(0)
     unet = UNet2DModel(sample_size=8, in_channels=32 + sr_policy.CONDITION_CHANNELS, out_channels=16,
                        dropout=dropout, block_out_channels=[32, 32], layers_per_block=1, norm_num_groups=8,
@@ -43,7 +46,13 @@ def tiny_policy(dropout: float = 0.0) -> Policy:
     with torch.no_grad():
         regressor.last.weight.normal_(std=0.01)
     sampler = sr_policy.Sampler(4, STEPS, sr_policy.zero_terminal_betas(), sigma=0.1, gain=0.8, width=8, blocks=1)
-    return Policy(unet, regressor.requires_grad_(False), sampler).eval()
+    policy = Policy(unet, regressor.requires_grad_(False), sampler).eval()
+    if sharpening is not None:
+        policy.map = sr_policy.SharpeningMap()
+        with torch.no_grad():
+            policy.map.last.weight.normal_()
+            policy.map.last.bias.fill_(sharpening)
+    return policy
 
 
 def add_lora(policy: Policy, moved: float = 0.0) -> Policy:
@@ -210,15 +219,41 @@ def test_mean_and_std_of_a_step_and_restore_are_those_of_diffusers(policy, seen,
 def test_a_rollout_is_replayed_with_ratio_one(policy, seen, sampler, start):
     rollout = sr_policy.sample(policy, seen, noise(4, 2), start=start, eta=0.7, sampler=sampler)
     policy.train()
-    mean, std = sr_policy.replay(policy, rollout)
-    ratio = (sr_policy.log_prob(rollout, mean, std) - rollout.logp).exp()
+    actions = sr_policy.replay(policy, rollout)
+    ratio = (sr_policy.log_prob(rollout, actions) - rollout.logp).exp()
     assert ratio.shape == (4, 2) and (ratio - 1).abs().max() < 1e-5
+    (drawn, mean, std), = actions
     expected = torch.distributions.Normal(mean, std).log_prob(rollout.latents[:, 1:].flatten(0, 1))
     assert torch.allclose(rollout.logp, expected.flatten(1).mean(1).view(4, 2), atol=1e-5)
     still = sr_policy.restore(policy, seen, noise(4)[:, 0])
     assert (rollout.images - still).std() > 5e-3
     quiet = sr_policy.sample(policy, seen, noise(4, 2), start=start, eta=1e-6, sampler=sampler)
     assert torch.allclose(quiet.images, still, atol=1e-4)               # with hardly any noise: the ODE
+
+
+def test_the_sharpening_map_is_drawn_first_and_is_an_action():
+    """Its density is over the map alone, what it does is an unsharp mask of the regressor's image; 0 changes nothing."""
+    policy, drawn = tiny_policy(sharpening=0.7), torch.randn(4, 1, 2, 2, generator=run.generator(0, "map"))
+    seen = policy.observe(shrink(images(4)))
+    rollout = sr_policy.sample(policy, seen, noise(4, 2), map_noise=drawn, start=1)
+    with torch.no_grad():
+        choice, mean = policy.map(seen), policy.mean(seen)
+        assert choice.std() > 0.02 and torch.allclose(rollout.map, choice + 0.4 * drawn)
+        logp = torch.distributions.Normal(choice, 0.4).log_prob(rollout.map).flatten(1).mean(1)
+        ratio = (sr_policy.log_prob(rollout, sr_policy.replay(policy, rollout)) - rollout.logp).exp()
+        assert torch.allclose(rollout.logp[:, 0], logp, atol=1e-5) and (ratio - 1).abs().max() < 1e-5
+        blurred = uniform_filter(mean.numpy(), (0, 0, 5, 5), mode="nearest")
+        amounts = torch.tensor([0.3, 1.5])[torch.arange(2)].view(1, 1, 1, 2).expand(4, 1, 2, 2)
+        image = policy.decode(torch.zeros(4, *LATENT), seen, amounts).numpy()
+    for column, amount in ((0, 0.3), (31, 1.5)):                        # beyond the centers of the cells nothing mixes
+        expected = mean.numpy() + amount * (mean.numpy() - blurred)
+        assert np.allclose(image[..., column], expected[..., column].clip(0, 1), atol=1e-5)
+    quiet = sr_policy.sample(policy, seen, noise(4, 2), map_noise=0 * drawn, start=1)
+    chosen = sr_policy.sample(policy, seen, noise(4, 2), start=1)       # the policy's choice, and no action
+    assert torch.equal(quiet.images, chosen.images) and chosen.logp.shape == (4, 2)
+    policy.map = sr_policy.SharpeningMap()                              # untrained
+    assert torch.equal(sr_policy.restore(policy, seen, noise(4)[:, 0]),
+                       sr_policy.restore(tiny_policy(), seen, noise(4)[:, 0]))
 
 
 def test_random_steps_in_the_window_then_ode(policy, seen):
@@ -240,13 +275,16 @@ def test_batch_and_neighbors_change_nothing_and_other_sizes_work(policy, seen):
     assert (together - alone).abs().max() < 1e-5
     assert torch.equal(noise(4)[[2]], sr_policy.draw_noise([(0, "noise", 2)], (1, *LATENT), CPU))
     assert not torch.equal(noise(4)[0], noise(4)[1])
+    policy.map = tiny_policy(sharpening=0.5).map
     for height, width in ((16, 12), (9, 7), (1, 2)):                    # odd sides are padded for the UNet
         other = policy.observe(torch.rand(1, 3, height, width))
         drawn = sr_policy.draw_noise([(0,)], (16, height, width), CPU)
         assert sr_policy.restore(policy, other, drawn).shape == (1, 3, 4 * height, 4 * width)
 
 
-def test_lora_is_off_in_the_reference_and_merged_on_saving(policy, seen, tmp_path):
+@pytest.mark.parametrize("sharpening", [None, 0.5])
+def test_lora_is_off_in_the_reference_and_merged_on_saving(sharpening, seen, tmp_path):
+    policy = tiny_policy(sharpening=sharpening)
     base = sr_policy.restore(policy, seen, noise(4)[:, 0])
     policy.save(tmp_path / "base")
     loaded = sr_pipelines.load_policy(tmp_path / "base", CPU)

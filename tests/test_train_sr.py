@@ -141,42 +141,47 @@ def log_density(x: torch.Tensor, mean: torch.Tensor, std: float) -> float:
 
 def test_the_loss_agrees_with_plain_loops(lr):
     """Second pass on the same samples, so that ratios are not 1."""
-    old, now, reference = (tiny_policy() for _ in range(3))
+    old, now, reference = (tiny_policy(sharpening=amount) for amount in (0.5, 0.6, 0.3))
     with torch.no_grad():
         now.unet.conv_out.bias.add_(0.02)
         reference.unet.conv_out.bias.add_(-0.03)
     cfg = settings(window_width=3, window_start=1, kl_weight=0.3, clip_range=1e-4)
-    rollout = sr_policy.sample(old, old.observe(lr), noise(4, 3), start=1)
+    drawn = torch.randn(4, 1, 2, 2, generator=run.generator(0, "map"))
+    rollout = sr_policy.sample(old, old.observe(lr), noise(4, 3), map_noise=drawn, start=1)
     advantages = torch.tensor([1.0, -2.0, 0.5, -0.25])
     loss, logp, row = STAGE.loss_of(now, reference, cfg, rollout=rollout, advantages=advantages, old_logp=rollout.logp)
     gains, kls, clipped = [], [], 0
     for b in range(4):
-        for w in range(3):
+        for w in (-1, 0, 1, 2):                                         # -1: the sharpening map
+            seen, index, weight = rollout.seen[b:b + 1], torch.tensor([1 + w]), float(advantages[b])
             with torch.no_grad():
-                (was, _), (mean, std), (base, _) = (
-                    sr_policy.step(policy, rollout.latents[b:b + 1, w], torch.tensor([1 + w]), rollout.seen[b:b + 1],
-                                   eta=1.0)
-                    for policy in (old, now, reference))
-            x, std, weight = rollout.latents[b:b + 1, w + 1], float(std), float(advantages[b])
+                if w == -1:
+                    was, mean, base = (policy.map(seen) for policy in (old, now, reference))
+                    x, std = rollout.map[b:b + 1], 0.4
+                else:
+                    (was, _), (mean, std), (base, _) = (
+                        sr_policy.step(policy, rollout.latents[b:b + 1, w], index, seen, eta=1.0)
+                        for policy in (old, now, reference))
+                    x, std = rollout.latents[b:b + 1, w + 1], float(std)
             ratio = math.exp(log_density(x, mean, std) - log_density(x, was, std))
             bounded = min(max(ratio, 1 - 1e-4), 1 + 1e-4)
             clipped += weight * bounded < weight * ratio
             gains.append(min(weight * ratio, weight * bounded))
             kls.append(float((mean - base).double().square().mean()) / (2 * std ** 2))
-    actions = cfg.inputs_per_step * cfg.samples_per_input * 3
-    assert 0 < clipped < 12 and float(row["clip_frac_low"] + row["clip_frac_high"]) == pytest.approx(clipped / actions)
+    actions = cfg.inputs_per_step * cfg.samples_per_input * 4
+    assert 0 < clipped < 16 and float(row["clip_frac_low"] + row["clip_frac_high"]) == pytest.approx(clipped / actions)
     assert float(row["loss"]) == pytest.approx(-sum(gains) / actions, rel=1e-4)
     assert float(row["ref_kl"]) == pytest.approx(sum(kls) / actions, rel=1e-3)
     assert float(loss.detach()) == pytest.approx(float(row["loss"] + 0.3 * row["ref_kl"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_grpo_raises_a_simple_reward_and_touches_trained_weights_only(lr, rank):
+@pytest.mark.parametrize("rank, sharpening", [(0, None), (4, None), (4, 0.2)])
+def test_grpo_raises_a_simple_reward_and_touches_trained_weights_only(lr, rank, sharpening):
     cfg = settings(lora_rank=rank, kl_weight=0.0, gradient_checkpointing=True)
-    policy, _ = STAGE.with_reference(cfg, tiny_policy().requires_grad_(False))
+    policy, _ = STAGE.with_reference(cfg, tiny_policy(sharpening=sharpening).requires_grad_(False))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     start = brightness(sr_policy.restore(policy, policy.observe(lr), noise(4)[:, 0])).mean()
-    optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-2 if rank else 3e-3)
+    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-2 if rank else 3e-3)
     for step in range(8):
         row = one_step(policy, None, cfg, lr, step=step, optimizer=optimizer)
     assert row["ratio_error"] < 1e-5 and row["ratio_max"] == 1
@@ -184,7 +189,7 @@ def test_grpo_raises_a_simple_reward_and_touches_trained_weights_only(lr, rank):
     assert brightness(sr_policy.restore(policy, policy.observe(lr), noise(4)[:, 0])).mean() > start + 0.005
     for name, p in policy.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
-        assert p.requires_grad == ("lora" in name if rank else name.startswith("unet."))
+        assert p.requires_grad == (("lora" in name if rank else name.startswith("unet.")) or name.startswith("map."))
 
 
 def test_two_passes_move_the_ratio_and_a_tight_range_clips_it(lr):
@@ -196,10 +201,11 @@ def test_two_passes_move_the_ratio_and_a_tight_range_clips_it(lr):
 
 def moved(cfg, lr) -> torch.Tensor:
     """What one step with plain SGD changes: minus the gradient."""
-    policy, reference = STAGE.with_reference(cfg, tiny_policy().requires_grad_(False))
-    before = copied(trainable(policy.unet))
-    one_step(policy, reference, cfg, lr, optimizer=torch.optim.SGD(trainable(policy.unet).values(), lr=1.0))
-    return torch.cat([(p - before[name]).detach().flatten() for name, p in trainable(policy.unet).items()])
+    policy, reference = STAGE.with_reference(cfg, tiny_policy(sharpening=0.2).requires_grad_(False))
+    weights = trainable(policy)
+    before = copied(weights)
+    one_step(policy, reference, cfg, lr, optimizer=torch.optim.SGD(weights.values(), lr=1.0))
+    return torch.cat([(p - before[name]).detach().flatten() for name, p in weights.items()])
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -307,7 +313,7 @@ def test_04_leaves_what_it_promises(tuned):
     assert "val_reward" not in rows[0] and {"val_reward", "val_lr_psnr", "val_gold", "val_psnr"} <= set(rows[1])
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_000{i}.png" for i in (0, 2, 4)]
     trained = load_file(folder / "checkpoints" / "step_000004" / "weights.safetensors")
-    assert all("lora" in name for name in trained)                      # nothing else is trained
+    assert all("lora" in name or ".map." in name for name in trained)   # nothing else is trained
 
 
 def test_04_resumed_after_a_checkpoint_is_the_same_to_the_byte(tuned, toy_config, tmp_path):
