@@ -11,6 +11,7 @@ Every random number is a function of (seed, step, row), so any number of ranks d
 """
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,6 @@ CANDIDATE_STEPS = (1, 2, 5)             # T of candidates
 CANDIDATE_GAINS = (0.1, 1.0)            # from smooth to grainy
 CANDIDATE_NOISE = (0.7, 1.2)            # spread of their first latent: below 1 detail is fainter, above 1 it is grain
 REGRESSED = 0.2                         # part of the candidates that are the regressor's image: no detail is drawn
-SHARPENED, CANDIDATE_SHARPENING = 0.6, (-0.5, 2.5)      # part of the candidates, and how much; GRPO may sharpen, too
 EARLY_CANDIDATES = 0.25         # part of the candidates that come from early/
 
 
@@ -156,27 +156,22 @@ def v_loss(policy: Policy, lr: Tensor, hr: Tensor, *, seed: int, step: int, rows
 # candidates ------------------------------------------------------------------------------------------------------
 
 @functools.cache
-def loaded(folder: Path) -> Policy:
+def loaded(folder: Path, steps: int) -> Policy:
     """The frozen policy on the CPU, read once per process, which then uses one thread: the others have their own."""
     torch.set_num_threads(1)
-    return sr_policy.load_small(folder, torch.device("cpu"))
+    return sr_policy.with_sampling(sr_policy.load_small(folder, torch.device("cpu")), steps=steps, gain=1.0)
 
 
 def candidate(folder: Path, lr: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """A sample for LR uint8 [h, w, 3] at a random setting: (uint8 [H, W, 3], record)."""
-    stage = "early" if rng.random() < EARLY_CANDIDATES else "base"
-    policy = loaded(folder / "early" if stage == "early" else folder)
+    stage, steps = "early" if rng.random() < EARLY_CANDIDATES else "base", int(rng.choice(CANDIDATE_STEPS))
+    policy = loaded(folder / "early" if stage == "early" else folder, steps)
     seen = policy.observe(from_pixels(lr))
-    sharpening = float(rng.uniform(*CANDIDATE_SHARPENING)) if rng.random() < SHARPENED else 0.0
     if rng.random() < REGRESSED:
-        image, record = policy.mean(seen), {"method": "regressor"}
-    else:
-        steps = int(rng.choice(CANDIDATE_STEPS))
-        gain, spread = float(rng.uniform(*CANDIDATE_GAINS)), float(rng.uniform(*CANDIDATE_NOISE))
-        policy = sr_policy.with_sampling(policy, steps=steps, gain=gain)
-        noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
-                                     seen.device)
-        image = sr_policy.restore(policy, seen, spread * noise)
-        record = {"method": stage, "steps": steps, "gain": round(gain, 3), "noise": round(spread, 3)}
-    image = sr_policy.sharpen(image, sharpening).clamp(0, 1)
-    return to_pixels(image)[0], record | {"sharpening": round(sharpening, 3)}
+        return to_pixels(policy.mean(seen).clamp(0, 1))[0], {"method": "regressor"}
+    gain, spread = float(rng.uniform(*CANDIDATE_GAINS)), float(rng.uniform(*CANDIDATE_NOISE))
+    policy.sampler = replace(policy.sampler, gain=gain)
+    noise = sr_policy.draw_noise([(int(rng.integers(2**62)), "candidate")], (policy.channels, *lr.shape[:2]),
+                                 seen.device)
+    image = to_pixels(sr_policy.restore(policy, seen, spread * noise))[0]
+    return image, {"method": stage, "steps": steps, "gain": round(gain, 3), "noise": round(spread, 3)}
