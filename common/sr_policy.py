@@ -26,9 +26,9 @@ in a rollout it is drawn from a normal distribution around that choice, and so i
 04 adds the network; untrained it chooses 0, which changes nothing.
 
 **Any policy** (see sr_pipelines.py for published ones) is a module with `unet` (the network that is trained), `kind`,
-`sampler` (what sampler.json holds), `channels`, `multiple` (of which LR's sides are multiples), `lora_layers`, `times`
-[T] and `levels` [T + 1, 4]; and observe (what it sees of LR), predict (a state's clean latent and noise), decode, save; and
-`map`, the network of the sharpening map, or None.
+`map` (that of the sharpening map, or None), `sampler` (what sampler.json holds), `channels`, `multiple` (of which LR's
+sides are multiples), `lora_layers`, `times` [T] and `levels` [T + 1, 4]; and observe (what it sees of LR), predict (a
+state's clean latent and noise), decode, save.
 
 Shapes: B samples, C latent channels, h w size of the latent (the small policy's: LR's), H W size of SR, T denoising
 steps, W of them random; levels are 0 (noise) .. T (clean).
@@ -305,21 +305,22 @@ class Sampler:
     gain: float                     # share of the drawn detail that is added to R(LR)
     width: int                      # of the regressor
     blocks: int                     # of the regressor
+    map: bool = False               # whether there is a sharpening map
 
 
 class Policy(nn.Module):
-    """The small policy: UNet, regressor, schedule, perhaps a detail map. `unet` may be wrapped by peft."""
+    """The small policy: UNet, regressor, schedule, perhaps a sharpening map. `unet` may be wrapped by peft."""
     kind, multiple = "pixel", 1     # LR may have any size: velocity() pads
     # convolutions, time embedding; conv_out has a large gradient, nearly all noise
     lora_layers = ["conv1", "conv2", "time_emb_proj", "linear_1", "linear_2"]
 
-    def __init__(self, unet: nn.Module, regressor: Regressor, sampler: Sampler, sharpening: SharpeningMap | None = None):
+    def __init__(self, unet: nn.Module, regressor: Regressor, sampler: Sampler, map: SharpeningMap | None = None):
         super().__init__()
         count = len(sampler.betas)
         if count % sampler.steps:
             fail(f"{sampler.steps} denoising steps: they should divide the {count} time steps that the policy was "
                  "trained with")
-        self.unet, self.regressor, self.map = unet, regressor, sharpening
+        self.unet, self.regressor, self.map = unet, regressor, map
         self.sampler, self.channels = sampler, sampler.scale ** 2
         self.unit = 2 ** (len(unet.config.block_out_channels) - 1)      # sides of the UNet's input: multiples of it
         times = list(range(count - 1, -1, -(count // sampler.steps)))   # [T] evenly spaced from pure noise on
@@ -343,7 +344,7 @@ class Policy(nn.Module):
         return F.pixel_unshuffle(gray(hr - self.mean(seen)), self.sampler.scale) / self.sampler.sigma
 
     def decode(self, latent: Tensor, seen: Tensor, sharpening: Tensor | None = None) -> Tensor:
-        """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1, with this sharpening map; None: the one chosen, if any."""
+        """Clean latent [B, C, h, w] -> SR [B, 3, H, W] in 0..1; sharpening: the map; None: the one chosen, if any."""
         mean, detail = self.mean(seen), F.pixel_shuffle(latent, self.sampler.scale)
         if self.map is not None:
             chosen = self.map(seen) if sharpening is None else sharpening
@@ -371,7 +372,7 @@ class Policy(nn.Module):
         run.save_tensors(folder / REGRESSOR, self.regressor.state_dict())
         if self.map is not None:
             run.save_tensors(folder / MAP, self.map.state_dict())
-        run.write_json(folder / "sampler.json", asdict(self.sampler))
+        run.write_json(folder / "sampler.json", asdict(replace(self.sampler, map=self.map is not None)))
 
 
 def new_unet(channels: list[int], *, scale: int, side: int) -> UNet2DModel:
@@ -411,7 +412,7 @@ def load_small(folder: Path, device: torch.device) -> Policy:
     """The frozen policy that Policy.save wrote, or one line that says what is wrong with it."""
     sampler = read_sampler(Sampler, folder)
     regressor, weights = Regressor(sampler.scale, sampler.width, sampler.blocks), run.load_tensors(folder / REGRESSOR)
-    sharpening = SharpeningMap() if (folder / MAP).exists() else None
+    sharpening = SharpeningMap() if sampler.map else None
     try:
         regressor.load_state_dict(weights)
         if sharpening is not None:

@@ -292,7 +292,8 @@ def test_an_update_moves_trained_weights_only(kind, models, tmp_path, rank):
                        eta=0.7, samples_per_input=3, samples_per_gpu=4, window_width=2, gradient_checkpointing=True,
                        **models[kind])
     policy, reference = stage.with_reference(cfg, load(kind, tmp_path / "before", **models[kind]))
-    assert (policy.unet is reference.unet) == bool(rank) and policy.vae is reference.vae    # only the network is ever held twice
+    assert (policy.unet is reference.unet) == bool(rank)
+    assert policy.vae is reference.vae                                  # only the network is ever held twice
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(trainable(policy.unet).values(), lr=1e-2)
     for step in range(2):

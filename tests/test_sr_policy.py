@@ -4,6 +4,7 @@ Policies: their steps against the papers' formulas and diffusers, sampling and r
 Run     python -m pytest tests/test_sr_policy.py        # 20 s
 """
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_a_rollout_is_replayed_with_ratio_one(policy, seen, sampler, start):
 
 
 def test_the_sharpening_map_is_drawn_first_and_is_an_action():
-    """Its density is over the map alone, what it does is an unsharp mask of the regressor's image; 0 changes nothing."""
+    """Its density is over the map alone; it is an unsharp mask of the regressor's image; untrained it changes nothing."""
     policy, drawn = tiny_policy(sharpening=0.7), torch.randn(4, 1, 2, 2, generator=run.generator(0, "map"))
     seen = policy.observe(shrink(images(4)))
     rollout = sr_policy.sample(policy, seen, noise(4, 2), map_noise=drawn, start=1)
@@ -243,7 +244,7 @@ def test_the_sharpening_map_is_drawn_first_and_is_an_action():
         ratio = (sr_policy.log_prob(rollout, sr_policy.replay(policy, rollout)) - rollout.logp).exp()
         assert torch.allclose(rollout.logp[:, 0], logp, atol=1e-5) and (ratio - 1).abs().max() < 1e-5
         blurred = uniform_filter(mean.numpy(), (0, 0, 5, 5), mode="nearest")
-        amounts = torch.tensor([0.3, 1.5])[torch.arange(2)].view(1, 1, 1, 2).expand(4, 1, 2, 2)
+        amounts = torch.tensor([0.3, 1.5]).expand(4, 1, 2, 2)
         image = policy.decode(torch.zeros(4, *LATENT), seen, amounts).numpy()
     for column, amount in ((0, 0.3), (31, 1.5)):                        # beyond the centers of the cells nothing mixes
         expected = mean.numpy() + amount * (mean.numpy() - blurred)
@@ -288,7 +289,8 @@ def test_lora_is_off_in_the_reference_and_merged_on_saving(sharpening, seen, tmp
     base = sr_policy.restore(policy, seen, noise(4)[:, 0])
     policy.save(tmp_path / "base")
     loaded = sr_pipelines.load_policy(tmp_path / "base", CPU)
-    assert torch.equal(sr_policy.restore(loaded, seen, noise(4)[:, 0]), base) and loaded.sampler == policy.sampler
+    assert torch.equal(sr_policy.restore(loaded, seen, noise(4)[:, 0]), base)
+    assert loaded.sampler == replace(policy.sampler, map=sharpening is not None)
     assert not any(p.requires_grad for p in loaded.parameters())
     expected = sr_policy.restore(add_lora(policy, 0.05), seen, noise(4)[:, 0])
     assert not torch.allclose(expected, base, atol=1e-3)
