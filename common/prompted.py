@@ -68,7 +68,8 @@ def load_prompted(path: Path, device: torch.device) -> PromptedJudge:
         processor = (Qwen2VLImageProcessorPil if qwen else AutoProcessor).from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source) if qwen else processor.tokenizer
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True)
+            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True,
+            device_map={"": device})
         parts = [{"type": "image"} if part in ("{lr}", "{sr}") else {"type": "text", "text": part}
                  for part in re.split(r"(\{lr\}|\{sr\})", given["prompt"]) if part]
         text = (tokenizer if qwen else processor).apply_chat_template(
@@ -76,7 +77,7 @@ def load_prompted(path: Path, device: torch.device) -> PromptedJudge:
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         fail(f"{path}: model {source} cannot be loaded ({' '.join(str(error).split())}); give an image-text-to-text "
              "model with a chat template, as safetensors")
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     return PromptedJudge(model, processor, tokenizer, text, order[0] == "lr", pattern, given["max_tokens"], device)
 
 

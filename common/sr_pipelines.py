@@ -11,9 +11,8 @@ Published super-resolution pipelines of diffusers as policies (see sr_policy.py)
 
 No guidance (CFG 1). Sampling is on the model's own schedule; with eta 0 it is what the pipeline does (ldm and upscaler:
 with a DDIMScheduler). Only the UNet or transformer is trained. All weights and arithmetic are float32 (in half
-precision the autoencoder of the upscaler overflows), but that CUDA rounds the factors of products to TF32. At the
-upscaler's size and full.yaml's random steps this moves log-probabilities by 2e-6 (imitated on a CPU, random weights);
-04 checks them before it trains.
+precision the autoencoder of the upscaler overflows), but CUDA may round the factors of products to TF32; before it
+trains, 04 checks that log-probabilities in sampling and training agree in spite of that.
 
 Shapes: B samples, C latent channels, h w size of the latent (ldm, upscaler: LR's; sd3: SR's divided by 8), H = s * LR's
 height, W size of SR, T denoising steps.

@@ -7,7 +7,8 @@ a step again from its checkpoint. Prints a table and writes runs/gpu_check/resul
 
 Run     python tests/gpu_check.py               # on a GPU
         python tests/gpu_check.py tiny          # any machine, small sizes: that it starts, 20 s
-        python tests/gpu_check.py memory        # a CPU with 10 GB: real widths and vocabulary, two layers, a step of 02
+        python tests/gpu_check.py memory Qwen3-VL-4B    # a CPU with 16 GB: real widths and vocabulary, two layers,
+                                                # steps of 02; Qwen2.5-VL-3B, -7B; x4-upscaler: in whole, a step of 04
 """
 import json
 import shutil
@@ -45,16 +46,25 @@ QWEN2_5_VL_3B = dict(
                   rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
     vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, out_hidden_size=2048,
                 window_size=112, fullatt_block_indexes=[7, 15, 23, 31]))
+QWEN2_5_VL_7B = dict(
+    text=QWEN2_5_VL_3B["text"] | dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                                      num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=28),
+    vision=QWEN2_5_VL_3B["vision"] | dict(out_hidden_size=3584), tied=False)
+JUDGES = {"Qwen3-VL-4B": (QWEN3_VL_4B, Qwen3VLConfig, 512), "Qwen2.5-VL-3B": (QWEN2_5_VL_3B, Qwen2_5_VLConfig, 448),
+          "Qwen2.5-VL-7B": (QWEN2_5_VL_7B, Qwen2_5_VLConfig, 448)}     # the last number: px
 SMALL = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=1024, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e4,
                                                                 mrope_section=[4, 2, 2], mrope_interleaved=True))
+TINY = dict(text=SMALL, vision=QWEN3_VL_4B["vision"] | dict(
+    depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, num_position_embeddings=16,
+    deepstack_visual_indexes=[0, 1]))
 
 
 def build_judge(sizes: dict, kind: type, device: torch.device) -> mllm.Judge:
     """A frozen bfloat16 judge with random weights, of the class and shape of a published one."""
     tokenizer, patch = build_tokenizer(), sizes["vision"]["patch_size"]
     ids = tokenizer.get_vocab()
-    config = kind(text_config=sizes["text"], vision_config=sizes["vision"], tie_word_embeddings=True,
+    config = kind(text_config=sizes["text"], vision_config=sizes["vision"], tie_word_embeddings=sizes.get("tied", True),
                   image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
                   vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     torch.manual_seed(0)
@@ -131,8 +141,8 @@ def throughput(judge: mllm.Judge, cohorts: list[Cohort]) -> dict:
     return {"images_per_second": count / batch, "images_per_second_one_at_a_time": len(images[0]) / alone}
 
 
-def build_upscaler(folder: Path, tiny: bool) -> Path:
-    """A random x4-upscaler, of the published sizes but for its text, which is small."""
+def build_upscaler(folder: Path, tiny: bool) -> None:
+    """A random x4-upscaler in folder/model, of the published sizes but for its text, which is small."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     save_upscaler(folder)
     if not tiny:
@@ -145,19 +155,21 @@ def build_upscaler(folder: Path, tiny: bool) -> Path:
         AutoencoderKL(block_out_channels=[128, 256, 512], latent_channels=4, layers_per_block=2,
                       down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
                       scaling_factor=0.08333).save_pretrained(folder / "model" / "vae")
-    return folder / "model"
 
 
 def sr_step(cfg, judge: mllm.Judge, folder: Path, device: torch.device, *, side: int, tiny: bool) -> dict:
     """Seconds of the parts of a step of 04 on cfg.inputs_per_step LR images, and its ratio check."""
-    stage = load_stage("04")
+    stage, mine = load_stage("04"), dist.mine(list(range(cfg.inputs_per_step)))
+    if dist.is_main():
+        build_upscaler(folder, tiny)
+    dist.barrier()
     sr_pipelines.point_to(folder / "policy", sr_pipelines.Published(
-        "upscaler", str(build_upscaler(folder, tiny)), 4, cfg.denoise_steps, cfg.noise_level))
+        "upscaler", str(folder / "model"), 4, cfg.denoise_steps, cfg.noise_level))
     policy, reference = stage.with_reference(cfg, sr_pipelines.load_policy(folder / "policy", device))
-    lr = torch.rand(cfg.inputs_per_step, 3, side // 4, side // 4, generator=run.generator(0, "lr"))
+    lr = torch.rand(cfg.inputs_per_step, 3, side // 4, side // 4, generator=run.generator(0, "lr"))[mine]
     optimizer, times = torch.optim.AdamW(trainable(policy).values(), lr=cfg.lr), [dist.clock(device)]
     policy.eval()
-    rollouts = stage.roll_out(policy, cfg, lr.to(device), ids=[f"{i}" for i in range(len(lr))], step=0)
+    rollouts = stage.roll_out(policy, cfg, lr.to(device), ids=list(map(str, mine)), step=0)
     times.append(dist.clock(device))
     judged, fidelity = stage.score(judge, cfg, lr, torch.cat([rollout.images for rollout in rollouts]))
     times.append(dist.clock(device))
@@ -172,24 +184,26 @@ def sr_step(cfg, judge: mllm.Judge, folder: Path, device: torch.device, *, side:
         "ratio_error": error, "grad_norm": float(row["grad_norm"]), "peak_memory_gb": run.peak_memory_gb()}
 
 
-def main(mode: str = "", out: Path = ROOT / "runs" / "gpu_check") -> dict:
+def main(mode: str = "", name: str = "", out: Path = ROOT / "runs" / "gpu_check") -> dict:
     started, device = time.time(), dist.init()
-    folder = out / f"{started:.0f}"
-    folder.mkdir(parents=True)
+    folder = out / (name or f"{started:.0f}")
+    folder.mkdir(parents=True, exist_ok=True)
     tiny, full = mode == "tiny", [str(ROOT / "configs" / "full.yaml"), "run=unused"]
     reward, sr = (load_config(load_stage(number).Config, load_stage(number).__file__, full) for number in ("02", "04"))
     reward, sr = replace(reward, warmup_steps=1), replace(sr, inputs_per_step=min(4, sr.inputs_per_step))
     sizes, kind, side, count = QWEN3_VL_4B, Qwen3VLConfig, 512, reward.groups_per_step
     if tiny:
-        sizes, side, count = {"text": SMALL, "vision": sizes["vision"] | dict(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, num_position_embeddings=16,
-            deepstack_visual_indexes=[0, 1])}, 64, 2
+        sizes, side, count = TINY, 64, 2
         reward = replace(reward, groups_per_step=2, reasoned_groups=1, replies=2, max_reply_tokens=6, direct_replies=4,
                          cold_start_groups=2, lora_rank=4)
         sr = replace(sr, inputs_per_step=2, samples_per_input=2, denoise_steps=4, window_start=0, window_width=1,
                      lora_rank=4)
     if mode == "memory":
-        return memory(reward, device)
+        results = memory(reward, sr, name, folder, device)
+        dist.print0(f"{name} {json.dumps(results)}")
+        dist.finish()
+        shutil.rmtree(folder, ignore_errors=True)
+        return results
     judge = build_judge(sizes, kind, device)
     judge = load_stage("02").prepare(reward, judge, lora=True)
     cohorts = build_cohorts(count, side, 6 if not tiny else 2)
@@ -208,23 +222,32 @@ def main(mode: str = "", out: Path = ROOT / "runs" / "gpu_check") -> dict:
     return results
 
 
-def memory(cfg, device: torch.device) -> dict:
-    """Peak memory of one step of 02 at real widths and two layers, one LR image with two candidates."""
-    cfg = replace(cfg, groups_per_step=1, reasoned_groups=1, cold_start_groups=1, replies=2, max_reply_tokens=8)
-    results, stage = {}, load_stage("02")
-    for name, sizes, kind, side in (("Qwen3-VL-4B", QWEN3_VL_4B, Qwen3VLConfig, 512),
-                                    ("Qwen2.5-VL-3B", QWEN2_5_VL_3B, Qwen2_5_VLConfig, 448)):
-        few = {"depth": 2} | ({"deepstack_visual_indexes": [0, 1]} if kind is Qwen3VLConfig else
-                              {"fullatt_block_indexes": [1]})
-        shape = {"text": sizes["text"] | {"num_hidden_layers": 2}, "vision": sizes["vision"] | few}
-        judge = stage.prepare(cfg, build_judge(shape, kind, device), lora=True)
-        weights = trainable(judge.model)
-        row, _ = stage.grpo_step(judge, copied(weights), cfg, stage.make_optimizers(weights, cfg.lr),
-                                 build_cohorts(1, side, 2), 0)
-        results[name] = {"weights_gb": sum(p.numel() * p.element_size() for p in judge.model.parameters()) / 1e9,
-                         **{key: float(row[key]) for key in ("seconds_sample", "seconds_update", "peak_memory_gb")}}
-        print(name, json.dumps(results[name]))
-    return results
+def memory(reward, sr, name: str, folder: Path, device: torch.device) -> dict:
+    """
+    Peak memory of steps of 02 on a judge of real widths and vocabulary and two layers, loaded as a hub checkpoint is;
+    or of a step of 04 on the x4-upscaler in whole. Batches as small as they can be, under any number of processes.
+    """
+    count = dist.world_size()
+    if name == "x4-upscaler":
+        sr = replace(sr, inputs_per_step=count, samples_per_input=2, samples_per_gpu=1, denoise_steps=4)
+        return sr_step(sr, build_judge(TINY, Qwen3VLConfig, device), folder, device, side=128, tiny=False)
+    sizes, kind, side = JUDGES[name]
+    few = {"depth": 2} | ({"deepstack_visual_indexes": [0, 1]} if kind is Qwen3VLConfig else
+                          {"fullatt_block_indexes": [1]})
+    shape = sizes | {"text": sizes["text"] | {"num_hidden_layers": 2}, "vision": sizes["vision"] | few}
+    if dist.is_main():
+        mllm.save_model(build_judge(shape, kind, device), folder)
+    dist.barrier()
+    reward = replace(reward, model=str(folder), groups_per_step=count, reasoned_groups=count, cold_start_groups=count,
+                     replies=2, max_reply_tokens=16)
+    stage, cohorts = load_stage("02"), build_cohorts(count, side, 5)
+    judge = stage.first_judge(reward, cohorts, device)
+    grids = mllm.pixel_patches(judge, [[cohorts[0].lr, *cohorts[0].images]])[1]
+    parts = {"language": judge.net.model.language_model, "vision": judge.net.model.visual, "judge": judge.model}
+    return judge_steps(reward, judge, cohorts, folder) | {
+        "prompt_tokens": sum(len(s.ids) for s in mllm.prompt_row(judge, grids[0], grids[1:]))} | {
+        f"{part}_gb": sum(p.numel() * p.element_size() for p in module.parameters()) / 2**30
+        for part, module in parts.items()}
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_03_and_04_take_it_as_the_judge_and_count_replies_without_a_score(toy_ru
 @pytest.mark.parametrize("change, says", [
     ({"prompt": "only {lr}"}, "{lr} and {sr} once each"), ({"pattern": "(?P<beauty>.)"}, "should have named groups"),
     ({"pattern": "("}, "no regular expression"), ({"max_tokens": "6"}, "should have the keys"),
-    ({"model": "nowhere"}, "cannot be loaded")])
+    ({"model": "/nowhere"}, "cannot be loaded")])
 def test_a_question_that_cannot_work_is_one_line(tmp_path, capsys, change, says):
     good = {"model": "x", "prompt": PROMPT, "pattern": "(?P<overall>.)", "max_tokens": 6}
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump(good | change))
