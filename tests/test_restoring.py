@@ -41,7 +41,7 @@ class Convolutions(nn.Module):
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return lively(tiny_policy())
+    return lively(tiny_policy(sharpening=0.7))
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

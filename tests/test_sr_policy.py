@@ -233,7 +233,7 @@ def test_a_rollout_is_replayed_with_ratio_one(policy, seen, sampler, start):
 
 
 def test_the_sharpening_map_is_drawn_first_and_is_an_action():
-    """Its density is over the map alone; it is an unsharp mask of the regressor's image; untrained it changes nothing."""
+    """Its density is over the map alone; it is an unsharp mask of the regressor's image; untrained it does nothing."""
     policy, drawn = tiny_policy(sharpening=0.7), torch.randn(4, 1, 2, 2, generator=run.generator(0, "map"))
     seen = policy.observe(shrink(images(4)))
     rollout = sr_policy.sample(policy, seen, noise(4, 2), map_noise=drawn, start=1)
