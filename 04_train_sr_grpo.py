@@ -3,11 +3,12 @@ Improve a super-resolution diffusion policy with GRPO, scored by the reward mode
 
 The policy is the base policy of 01, or a published diffusion model (`policy`, `model`). One step of GRPO:
 
-    roll out      K samples of each of G LR images; W denoising steps add noise, the others are an ODE
+    roll out      K samples of each of G LR images: the small policy draws how much to sharpen where; then W denoising
+                  steps add noise, the others are an ODE
     score         the judge's expected score, and LR-PSNR, which guards against a judge that is fooled
     advantages    scores are z-scored inside the K samples of an LR image (a group); every dB of LR-PSNR below the
                   floor costs guard_weight. The floor is about what the ground truth has: more likeness earns nothing
-    learn         the clipped loss of the W random steps, and a KL to the policy before GRPO
+    learn         the clipped loss of these actions, map and random steps, and a KL to the policy before GRPO
 
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
 become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
@@ -25,8 +26,8 @@ Run     python 04_train_sr_grpo.py configs/demo.yaml
         torchrun --standalone --nproc_per_node=8 04_train_sr_grpo.py configs/full.yaml
 Reads   <run>/01_build_dataset/   groups.jsonl, LR and HR images, base/
         <run>/02_train_reward/    judge/ (or the judge of another run, see `judge`)
-Writes  <run>/04_train_sr_grpo/   base/ (policy before GRPO)  policy/ (after: UNet2DModel, sampler.json, regressor;
-                                  of a published model: the diffusers pipeline, LoRA by itself, a pointer before)
+Writes  <run>/04_train_sr_grpo/   base/ (policy before GRPO)  policy/ (after: UNet2DModel, sampler.json, regressor,
+                                  map; of a published model: the diffusers pipeline, LoRA by itself, a pointer before)
                                   samples/ (LR | before | now | HR)  metrics.jsonl  checkpoints/  manifest.json
 Expect  demo: see the table in README.md
 """
@@ -80,9 +81,10 @@ class Config:
     samples_per_input: int = 8          # K, the group size: changes the result
     samples_per_gpu: int = 32           # memory only
     gradient_checkpointing: bool = False    # memory only: activations are computed again, not kept
-    updates_per_rollout: int = 1        # optimizer steps on the same samples
+    updates_per_rollout: int = 1        # optimizer steps on the same samples; the map, of few elements, is clipped
+                                        # after the first
     window_start: int = 0               # first random denoising step
-    window_width: int = 3               # W, the random steps: only they are trained
+    window_width: int = 3               # W, the random steps: of the denoising steps only they are trained
     sampler: str = "ddim"               # of the random steps: ddim, sde (Flow-GRPO's), cps (coefficients-preserving)
     eta: float = 1.0                    # their noise, see common/sr_policy.py; ddim at 1: as the forward process
     lr: float = 2e-3                    # AdamW
