@@ -92,7 +92,7 @@ class Config:
     lora_rank: int = 4                  # 0: train all weights; the reference is then a frozen copy
     lora_alpha: int = 8                 # LoRA's scale is lora_alpha / lora_rank
     clip_range: float = 1e-4            # of the ratio; small, as a log-probability here is a mean over C h w elements
-    kl_weight: float = 0.02             # KL between the means of the steps, to the policy before GRPO
+    kl_weight: float = 0.04             # KL between the means of the steps, to the policy before GRPO
     ema: float = 0.9                    # decay per step of the averaged weights, which are evaluated and kept
     ratio_tolerance: float = 1e-5       # |log ratio| of untrained samples beyond which the run does not start
     # reward ------------------------------------------------------------------------------------------------
