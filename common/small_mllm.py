@@ -78,7 +78,7 @@ def whiten_patches(judge: Judge, groups: list[list[np.ndarray]]) -> None:
 
     From random filters the small model stays blind to fine detail, which is faint beside a patch's mean. With two-frame
     clips a sixth of the filters sees the difference of the frames (LR, candidate), the others see the candidate. The
-    differences are made DIFFERENCE_GAIN times as strong: else a judge of 450 steps hardly learns consistency.
+    differences are made DIFFERENCE_GAIN times as strong: else a judge hardly learns consistency in 450 steps.
     """
     weight = judge.net.model.visual.patch_embed.proj.weight                      # [width, 3, 2, p, p]
     width, p = len(weight), weight.shape[-1]
