@@ -143,23 +143,33 @@ def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor,
     The candidates of a group have one size. Qwen-VL cuts *two frames* into one patch and shows a still image twice;
     with candidate_view "clip" a candidate's first frame is the LR image: a patch holds both.
     """
-    images = []
+    pixels, grids = [], []
     for lr, *shown in groups:
         lr = np.full_like(lr, GRAY) if judge.blind else lr
         height, width = shown[0].shape[:2]
-        images += [lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic"), *shown]
-    batch = judge.processor(images, return_tensors="pt")
-    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]                     # [patches, 3 * 2 * p * p]
-    if judge.candidate_view == "clip":
-        pixels = pixels.unflatten(1, (3, 2, -1)).clone()                               # [patches, 3, 2, p * p]
-        counts, at = grids.prod(1).tolist(), 0
-        for group in groups:
-            n = counts[0]
-            of_group = pixels[at:at + n * len(group)].unflatten(0, (len(group), n))    # a view
-            of_group[1:, :, :, 0] = of_group[:1, :, :, 0]                              # first frame: the LR image
-            counts, at = counts[len(group):], at + n * len(group)
-        pixels = pixels.flatten(1)
-    return pixels, grids
+        lr = lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic")
+        frames, sizes = zip(*(frame_patches(judge, image) for image in (lr, *shown)))
+        for i, frame in enumerate(frames):
+            first = frames[0] if judge.candidate_view == "clip" else frame
+            pixels.append(torch.stack([first, frame], 2).flatten(1))
+        grids += [(1, *size) for size in sizes]
+    return torch.cat(pixels), torch.tensor(grids)
+
+
+def frame_patches(judge: Judge, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+    """
+    Patches of an image as the judge's processor cuts them, but on the judge's device: float32 [patches, 3, p * p], those
+    of an image token one after the other; and their rows and columns.
+    """
+    processor = judge.processor
+    p, m, budget = processor.patch_size, processor.merge_size, processor.size
+    height, width = smart_resize(*image.shape[:2], p * m, budget["shortest_edge"], budget["longest_edge"])
+    if image.shape[:2] != (height, width):
+        image = resize(image, (width, height), "bicubic")
+    mean, std = torch.tensor([processor.image_mean, processor.image_std], device=judge.device)
+    pixels = (torch.from_numpy(image).to(judge.device) / 255 - mean) / std
+    patches = pixels.view(height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 3, 1, 4, 6, 2, 5)
+    return patches.reshape(-1, 3, p * p), (height // p, width // p)
 
 
 def check_sizes(judge: Judge | PromptedJudge, sizes: set[tuple[int, int]], remedy: str) -> None:

@@ -95,7 +95,7 @@ def whiten_patches(judge: Judge, groups: list[list[np.ndarray]]) -> None:
         np.einsum("c,t,h,w->cthw", color, frames, cosine[u], cosine[v])
         for color, count, frames in plan for u, v in order[:count]]), dtype=torch.float32)     # [<= width, 3, 2, p, p]
     pixels, _ = mllm.pixel_patches(judge, groups)                                # [patches, 3 * 2 * p * p]
-    spread = (pixels @ filters.flatten(1).T).std(0)
+    spread = (pixels.cpu() @ filters.flatten(1).T).std(0)
     weight[:len(filters)] = filters / (spread + 1e-3)[:, None, None, None, None]
     if judge.candidate_view == "clip":
         weight[len(filters) - 2 * few:len(filters)] *= DIFFERENCE_GAIN

@@ -95,8 +95,8 @@ def test_a_clip_holds_the_lr_image_in_its_first_frame_and_the_candidate_in_its_s
     shown = [resize(lr, (32, 32), "bicubic"), *images]
     still = judge.processor(shown, return_tensors="pt")["pixel_values"].view(4, 16, 3, 2, 64)    # [.., frame, px]
     clip = mllm.pixel_patches(judge, [[lr, *images]])[0].view(4, 16, 3, 2, 64)
-    assert torch.equal(clip[..., 1, :], still[..., 1, :]) and torch.equal(clip[..., 0, :], still[:1, ..., 0, :].expand(
-        4, -1, -1, -1))
+    assert torch.allclose(clip[..., 1, :], still[..., 1, :], atol=1e-6)
+    assert torch.allclose(clip[..., 0, :], still[:1, ..., 0, :].expand(4, -1, -1, -1), atol=1e-6)
 
 
 # a score belongs to its (LR, candidate) alone --------------------------------------------------------------------
