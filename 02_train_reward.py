@@ -12,7 +12,7 @@ were before GRPO) and a value network. The candidates of an LR image never leave
 number of GPUs.
 
 Run     python 02_train_reward.py configs/demo.yaml
-        python 02_train_reward.py configs/demo.yaml run=runs/sft cold_start_steps=670 rank_weight=1 steps=0   # no GRPO
+        python 02_train_reward.py configs/demo.yaml run=runs/sft cold_start_steps=800 rank_weight=1 steps=0   # no GRPO
         python 02_train_reward.py configs/demo.yaml blind=true          # a judge without LR, for 03 to compare with
         torchrun --standalone --nproc_per_node=8 02_train_reward.py configs/full.yaml
 Reads   <run>/01_build_dataset/   groups.jsonl and its images
