@@ -83,7 +83,7 @@ def test_the_judge_loads_and_scores_with_transformers_and_peft_alone(toy_run, tm
 
 
 def test_the_keys_to_watch_are_logged(toy_run):
-    rows = README.split("| key | stage |")[1].split("\n\n")[0].splitlines()[2:]
-    keys = {key for row in rows if "02" in row.split("|")[2] for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    watched = README.split("## What is logged")[1].split("In 04:")[0]
+    keys = set(re.findall(r"`(\w+)`", watched))
     lines = (toy_run / "02_train_reward" / "metrics.jsonl").read_text().splitlines()
-    assert len(keys) > 15 and keys <= {key for line in lines for key in json.loads(line)}
+    assert len(keys) > 4 and keys <= {key for line in lines for key in json.loads(line)}
