@@ -46,7 +46,7 @@ from tqdm import tqdm
 from common import dist, metrics, mllm, report, run, sr_pipelines, sr_policy
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import image_batch, load_groups, pick, require_enough, require_one_size, shown_sizes
+from common.groups import all_groups, image_batch, in_split, pick, require_enough, require_one_size, shown_sizes
 from common.grpo import gaussian_kl, group_advantages, grpo_loss
 from common.images import sheet, to_pixels, write_png
 from common.sr_pipelines import PIPELINES, Published
@@ -384,7 +384,8 @@ def main(cfg: Config) -> None:
     folder = run.open_stage(cfg, __file__, free=("samples_per_gpu", "gradient_checkpointing", "save_every"))
     source = run.require(cfg.run, "01_build_dataset")
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    train, val = load_groups(source, "train"), load_groups(source, "val")
+    groups = all_groups(source)
+    train, val = (in_split(source, groups, split) for split in ("train", "val"))
     val = with_hr(val) or val
     require_one_size(source, train + val)
     require_enough(len(train), inputs_per_step=cfg.inputs_per_step)
