@@ -162,14 +162,20 @@ def frame_patches(judge: Judge, image: np.ndarray) -> tuple[Tensor, tuple[int, i
     of an image token one after the other; and their rows and columns.
     """
     processor = judge.processor
-    p, m, budget = processor.patch_size, processor.merge_size, processor.size
-    height, width = smart_resize(*image.shape[:2], p * m, budget["shortest_edge"], budget["longest_edge"])
+    p, m, (height, width) = processor.patch_size, processor.merge_size, size_seen(judge, *image.shape[:2])
     if image.shape[:2] != (height, width):
         image = resize(image, (width, height), "bicubic")
     mean, std = torch.tensor([processor.image_mean, processor.image_std], device=judge.device)
     pixels = (torch.from_numpy(image).to(judge.device) / 255 - mean) / std
     patches = pixels.view(height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 3, 1, 4, 6, 2, 5)
     return patches.reshape(-1, 3, p * p), (height // p, width // p)
+
+
+def size_seen(judge: Judge, height: int, width: int) -> tuple[int, int]:
+    """The size, px, to which the judge's processor resamples an image of this one."""
+    processor, budget = judge.processor, judge.processor.size
+    unit = processor.patch_size * processor.merge_size
+    return smart_resize(height, width, unit, budget["shortest_edge"], budget["longest_edge"])
 
 
 def check_sizes(judge: Judge | PromptedJudge, sizes: set[tuple[int, int]], remedy: str) -> None:
@@ -179,14 +185,12 @@ def check_sizes(judge: Judge | PromptedJudge, sizes: set[tuple[int, int]], remed
     """
     if not isinstance(judge.processor, Qwen2VLImageProcessorPil):
         return                              # a PromptedJudge of another family, which has a size of its own
-    processor, budget = judge.processor, judge.processor.size
-    unit = processor.patch_size * processor.merge_size
+    unit, most = judge.processor.patch_size * judge.processor.merge_size, judge.processor.size["longest_edge"]
     for height, width in sorted(sizes):
-        rows, columns = smart_resize(height, width, unit, budget["shortest_edge"], budget["longest_edge"])
+        rows, columns = size_seen(judge, height, width)
         if rows % height or columns % width:
             fail(f"the judge would see images of {width} x {height} px resampled to {columns} x {rows}: their sides "
-                 f"should be multiples of {unit} px, with at most {budget['longest_edge']} px in all (max_pixels of "
-                 f"stage 02): {remedy}")
+                 f"should be multiples of {unit} px, with at most {most} px in all (max_pixels of stage 02): {remedy}")
 
 
 def image_features(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[list[Tensor], Tensor]:
