@@ -1,7 +1,7 @@
 """
 Build the preference data set: photographs -> crops -> LR images -> several SR candidates per LR -> rankings.
 
-Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 9 min at most
+Run     python 01_build_dataset.py configs/demo.yaml                         # two CPU cores, 4 min
         python 01_build_dataset.py configs/demo.yaml hr_dir=/my/photographs run=runs/mine
         python 01_build_dataset.py configs/demo.yaml annotate=true           # then people compare candidates
         python 01_build_dataset.py configs/demo.yaml labels=human            # and what they said becomes the labels
@@ -13,7 +13,7 @@ Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/
                                   base/ (base_steps: the SR policy whose samples are candidates, and 04's start)
                                   config.yaml  manifest.json (how many labels, what names alone explain)
                                   judgements.jsonl  annotation_report.md (if people judge)
-Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.72 of the test pairs right.
+Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.73 of the test pairs right.
 
 The labels are a PROXY for human preference, computed with the ground truth (common/metrics.py): consistency
 compares the down-sampled candidate with the down-sampled HR image; naturalness compares the local detail with the
