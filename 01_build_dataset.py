@@ -44,7 +44,7 @@ from tqdm import tqdm
 from common import annotate, base_policy, candidates, degrade, dist, imports, metrics, run, sources
 from common.config import fail, load_config, nearest
 from common.groups import SPLITS, all_groups, label_arrays, method_prior
-from common.images import TEXTURES, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
+from common.images import TEXTURES, evenly, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
 from common.metrics import AXES
 
 ZOOM = 0.25, 0.5        # photographs are shrunk by a random factor: many scales, and each pixel as sharp as can be
@@ -56,6 +56,7 @@ PAINTED = 0.2           # probability that an image of the base policy is painte
 FAULT_ON_PARTIAL = 0.8  # probability that an unnatural fault starts from a partial image, not from the ground truth
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 PRIOR_LIMIT = 0.8       # more of the test pairs explained by method names alone gets a warning
+SHEET_ROWS = 8          # groups on contact_sheet.png
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "labels", "workers",
@@ -431,11 +432,6 @@ def from_base(folder: Path, rng: np.random.Generator, *, lr: np.ndarray,
 
 # is the set worth training on ----------------------------------------------------------------------------
 
-def evenly_spaced(groups: list[dict], count: int = 8) -> list[dict]:
-    """What the contact sheet shows."""
-    return [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, count).astype(int))]
-
-
 def contact_sheet(folder: Path, groups: list[dict]) -> None:
     """PNG, a row per group: LR, HR, candidates with method, strength, rank (1 = best) and score per axis."""
     rows, below = [], []
@@ -493,7 +489,7 @@ def quality(groups: list[dict]) -> dict:
 def publish(folder: Path, groups: list[dict]) -> dict:
     """Write the data set and a picture of it; what manifest.json says of it."""
     run.write_lines(folder / "groups.jsonl", groups)
-    contact_sheet(folder, evenly_spaced(groups))
+    contact_sheet(folder, [groups[i] for i in evenly(len(groups), SHEET_ROWS)])
     return quality(groups)
 
 
@@ -628,7 +624,7 @@ def main(cfg: Config) -> None:
                                               "files": [path for path in paths if path]}
                 for group, paths in zip(plan, outputs)]
         build = partial(run_jobs, pool, partial(build_group, cfg), log=progress / "groups.jsonl")
-        contact_sheet(folder, list(build(evenly_spaced(jobs)).values()))
+        contact_sheet(folder, list(build([jobs[i] for i in evenly(len(jobs), SHEET_ROWS)]).values()))
         print(f"first picture: {folder / 'contact_sheet.png'}", flush=True)
         groups = build(jobs)
     if pool:

@@ -45,7 +45,7 @@ from common.mllm import Judge
 from common.replies import (Images, answer_logp, check_shared_prefix, encode, encode_images, forward, look_at,
                             sample_replies, token_logp, write_answers)
 from common.small_mllm import build_small
-from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, resume,
+from common.training import (Weights, average, copied, cosine, count_bad_steps, drop_checkpoints, named, resume,
                              save_checkpoint, set_lr, swapped, trainable, update)
 
 
@@ -198,11 +198,6 @@ def make_optimizers(weights: Weights, lr: float, muon_lr: float = 0) -> dict[str
     return optimizers
 
 
-def with_averaged(weights: Weights, averaged: Weights) -> Weights:
-    """The tensors of a checkpoint."""
-    return weights | {f"averaged.{name}": tensor for name, tensor in averaged.items()}
-
-
 def average_step(cfg: Config, averaged: Weights, weights: Weights, step: int) -> None:
     """The decay rises to cfg.ema, so that the start is soon forgotten."""
     average(averaged, weights, min(cfg.ema, (step + 1) / (step + 10)))
@@ -305,7 +300,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
     weights = trainable(judge.model)
     averaged = copied(weights)
     optimizers = make_optimizers(weights, cfg.cold_start_lr, cfg.cold_start_muon_lr if cfg.model == "small" else 0)
-    first, state = resume(folder, with_averaged(weights, averaged), optimizers)
+    first, state = resume(folder, named(policy=weights, averaged=averaged), optimizers)
     run.trim_metrics(folder.parent, first)
     bad = state.get("bad", 0)
     bar = tqdm(range(first, cfg.cold_start_steps), initial=first, total=cfg.cold_start_steps, desc="cold start",
@@ -321,7 +316,7 @@ def cold_start(cfg: Config, folder: Path, judge: Judge, train: list[Cohort], val
             bar.set_postfix(loss=f"{row['loss_direct']:.3f}", val=f"{row['val_pair_accuracy']:.3f}")
         report.log(folder.parent, step, row)
         if (step + 1) % cfg.save_every == 0:
-            save_checkpoint(folder, step + 1, weights=with_averaged(weights, averaged), optimizers=optimizers,
+            save_checkpoint(folder, step + 1, weights=named(policy=weights, averaged=averaged), optimizers=optimizers,
                             state={"bad": bad})
     with swapped(weights, averaged):
         if dist.is_main():
@@ -590,7 +585,7 @@ def main(cfg: Config) -> None:
     weights = trainable(judge.model)
     averaged, reference = copied(weights), copied(weights)
     optimizers = make_optimizers(weights, cfg.lr, cfg.muon_lr if cfg.model == "small" and not cfg.lora_rank else 0)
-    first, state = resume(folder, with_averaged(weights, averaged), optimizers)
+    first, state = resume(folder, named(policy=weights, averaged=averaged), optimizers)
     if not state:
         found = {key: value for key, value in evaluate(judge, cfg, val).items() if key in CHOSEN_BY}
         state = {"cold_start": found, "best": found, "best_step": 0, "bad": 0, "seconds": 0.0}
@@ -619,7 +614,7 @@ def main(cfg: Config) -> None:
         for example in examples:                                # read these to see what the model writes
             run.log_metrics(folder, step, example, "samples.jsonl")
         if (step + 1) % cfg.save_every == 0:
-            save_checkpoint(folder, step + 1, weights=with_averaged(weights, averaged), optimizers=optimizers,
+            save_checkpoint(folder, step + 1, weights=named(policy=weights, averaged=averaged), optimizers=optimizers,
                             state=state)
 
     # 5. the best weights become the judge

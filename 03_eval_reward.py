@@ -23,8 +23,7 @@ Reads   <run>/01_build_dataset/   test split; of the train split, which may be m
         <run>/02_train_reward_blind/    the judge trained without LR, beside the judge, if it is finished
 Writes  <run>/03_eval_reward/     report.html (open it in a browser)  table.md  results.json  examples.png  probes.png
                                   scores.jsonl (a line per candidate, with a reply where one was sampled)  manifest.json
-        <run>/03_eval_reward_<names>/ or out=, for your folder: report.html  table.md  results.json  scores.csv
-                                  manifest.json
+        <run>/03_eval_reward_<names>/ or out=, for your folder: report.html  results.json  scores.csv  manifest.json
 Expect  on the demo the results table of README.md
 """
 import html
@@ -46,7 +45,7 @@ from common.config import fail, load_config
 from common.dist import mine
 from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, lr_image,
                            method_prior, shown_sizes)
-from common.images import BICUBIC, luma, resize, sheet, write_png
+from common.images import BICUBIC, evenly, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
 from common.prompted import PromptedJudge
@@ -87,12 +86,12 @@ class Config:
     sampled_groups: int = 12            # groups, spread over the split, with sampled replies, too; 0: none
     sampled_replies: int = 4            # replies per candidate there; the sampled score is their mean
     pyiqa_metrics: list[str] = field(default_factory=list)  # rivals, if pyiqa is installed, e.g. musiq,clipiqa,lpips
+    crop: int = 0                       # px of a judged crop of larger images; 0: as large as those it learned on
+    crops_per_image: int = 64           # at most, evenly spread; an image's score is the mean over its crops
     # SR methods on a folder of yours, without ground truth: with these, the test split is not looked at --------
     lr_dir: str | None = None           # folder of LR images
     sr_dirs: list[str] = field(default_factory=list)  # per SR method PATH or NAME=PATH; files named as in lr_dir
     out: str | None = None              # folder for the results; none: <run>/03_eval_reward_<names>
-    crop: int = 0                       # px of a judged crop of larger images; 0: as large as those it learned on
-    crops_per_image: int = 64           # at most, evenly spread; an image's score is the mean over its crops
     skip_bad: bool = False              # outputs that are missing or of a wrong size are left out, not an error
 
     def __post_init__(self):
@@ -511,7 +510,7 @@ def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.nda
     a = next(AXES.index(axis) for axis in SHOWN if not np.isnan(ranks[..., AXES.index(axis)]).all())
     labeled = np.nonzero(~np.isnan(ranks[..., a]).any(1))[0]
     rows, below = [], []
-    for g in labeled[report.spread(len(labeled), EXAMPLES)]:
+    for g in labeled[evenly(len(labeled), EXAMPLES)]:
         lr, images, _ = group_images(source, groups[g])
         order, worst = np.argsort(-scores[g, :, a], kind="stable"), max(2, ranks[g, :, a].max())
         rows.append([lr, *(framed(images[c], (worst - ranks[g, c, a]) / (worst - 1)) for c in order)])
@@ -523,7 +522,7 @@ def examples(source: Path, groups: list[dict], scores: np.ndarray, ranks: np.nda
 def probe_sheet(source: Path, groups: list[dict], scores: np.ndarray, seed: int) -> np.ndarray:
     """LR, HR and its probes of a few groups, with their overall scores from [G, 1 + probes, 3]; uint8."""
     others, rows, below = strangers(groups), [], []
-    for g in report.spread(len(groups), EXAMPLES):
+    for g in evenly(len(groups), EXAMPLES):
         lr, images = probe_images(source, groups[g], others[g], seed)
         rows.append([lr, *images])
         below.append([groups[g]["id"], *(f"overall {score:.2f}" for score in scores[g, :, OVERALL])])
@@ -614,7 +613,7 @@ def main(cfg: Config) -> None:
     judge = mllm.load_judge(judged_by, device)
     prompted = isinstance(judge, PromptedJudge)                 # it writes its scores: there is no second read-out
     with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop and not prompted]
-    chosen = report.spread(len(groups), 0 if crop or prompted else cfg.sampled_groups)      # as probes: whole images
+    chosen = evenly(len(groups), 0 if crop or prompted else cfg.sampled_groups)      # as probes: whole images
     mllm.check_sizes(judge, shown_sizes(source, groups, crop), "set crop= so")
     dist.print0(f"{len(groups)} groups; {len(chosen)} of them get {cfg.sampled_replies} sampled replies per candidate")
 

@@ -28,7 +28,8 @@ Reads   <run>/01_build_dataset/   groups.jsonl, LR and HR images, base/
         <run>/02_train_reward/    judge/ (or the judge of another run, see `judge`)
 Writes  <run>/04_train_sr_grpo/   base/ (policy before GRPO)  policy/ (after: UNet2DModel, sampler.json, regressor,
                                   map; of a published model: the diffusers pipeline, LoRA by itself, a pointer before)
-                                  samples/ (LR | before | now | HR)  metrics.jsonl  checkpoints/  manifest.json
+                                  samples/ (LR | before | now | HR)  metrics.jsonl  curves.png  checkpoints/
+                                  manifest.json
 Expect  demo: see the table in README.md
 """
 import copy
@@ -48,11 +49,11 @@ from common.config import fail, load_config
 from common.dist import mine
 from common.groups import all_groups, image_batch, in_split, pick, require_enough, require_one_size, shown_sizes
 from common.grpo import gaussian_kl, group_advantages, grpo_loss
-from common.images import sheet, to_pixels, write_png
+from common.images import evenly, sheet, to_pixels, write_png
 from common.sr_pipelines import PIPELINES, Published
 from common.sr_policy import Policy, Rollout, SAMPLERS
-from common.training import (Weights, adapter_off, average, copied, count_bad_steps, resume, save_checkpoint, swapped,
-                             trainable, update)
+from common.training import (adapter_off, average, copied, count_bad_steps, named, resume, save_checkpoint,
+                             swapped, trainable, update)
 
 MAX_GRAD_NORM = 1.0                 # gradients are clipped to this norm
 ADVANTAGE_CLIP = 5.0                # standard deviations
@@ -161,15 +162,10 @@ def lr_psnr_floor(source: Path, groups: list[dict]) -> float:
     """dB: median LR-PSNR of the ground truth of up to FLOOR_IMAGES groups, less FLOOR_SLACK; -inf: there is none."""
     if not groups:
         return -math.inf
-    some = [groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, FLOOR_IMAGES).astype(int))]
+    some = [groups[i] for i in evenly(len(groups), FLOOR_IMAGES)]
     pairs = ([to_pixels(image_batch(source, [group], key))[0] for key in ("hr", "lr")] for group in some)
     values = [metrics.lr_psnr(hr, lr, len(hr) // len(lr)) for hr, lr in pairs]
     return float(np.median(values)) - FLOOR_SLACK
-
-
-def named(**parts: Weights) -> Weights:
-    """Several sets of weights as one, as a checkpoint holds them: `averaged.<name>` and so on."""
-    return {f"{part}.{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
 
 
 def with_reference(cfg: Config, policy: Policy) -> tuple[Policy, Policy]:

@@ -32,23 +32,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from common import degrade, dist, iqa, metrics, mllm, report, restoring, run, sr_pipelines, sr_policy, st_lpips
 from common.config import fail, load_config
 from common.groups import image_batch, judged_on, load_groups, require_one_size
-from common.images import find, from_pixels, listed, luma, read_image, resize, sheet, to_pixels, write_png
+from common.images import evenly, find, from_pixels, listed, luma, read_image, resize, sheet, to_pixels, write_png
 from common.sr_policy import Policy
 
 LONGEST_WAIT = timedelta(days=2)    # of ranks that are done for the one with the most of your pictures
 LEAST_ZOOM = 0.5                    # of the large crops' photographs: pixels as sharp as those of 01's crops
-SHARPEN_BOX = 5                     # px: the sharpened image gets once more what a box of this side blurs away
 VARIANTS = {                        # what is compared -> (name in the report, what it is)
     "bicubic": ("bicubic", "LR up-sampled"),
     "sharpened": ("regressor, sharpened", "a rival of one line: the small policy's regressor alone, and once more "
-                  f"what a blur of {SHARPEN_BOX} px takes from it"),
+                  f"what a blur of {sr_policy.MAP_BOX} px takes from it"),
     "base": ("base", "the policy before GRPO"),
     "best_of_n": ("best of N", "of all the base's samples of an image the one that the judge scores highest, without "
                   "GRPO. As the judge picked it, its reward is optimistic; the other columns are fair"),
@@ -79,7 +77,8 @@ IN_MANIFEST = {                     # results: of METRICS, which variants
 class Config:
     run: str                            # folder shared by the five stages
     seed: int = 0
-    judge: str | None = None            # stage-02 folder of another run, or a model folder; none: as in stage 04
+    judge: str | None = None            # stage-02 folder of another run, a model folder or hub id, or the YAML file of
+                                        # a prompt (configs/judge.yaml); none: as in stage 04
     policy: str | None = None           # stage-04 folder of another run, or a policy folder, compared with this run's
                                         # policy before GRPO; none: this run's
     seeds_per_image: int = 2            # samples (M) of each policy per LR image; the judge picks the best of as many
@@ -166,9 +165,8 @@ def bicubic(lr: Tensor, scale: int) -> np.ndarray:
 
 def sharpened(policy: Policy, lr: Tensor) -> np.ndarray:
     """The regressor's image of LR [B, 3, h, w] in 0..1, and what a box blurs away once more: uint8 [B, 1, H, W, 3]."""
-    image, border = policy.mean(policy.observe(lr.to(policy.times.device))), SHARPEN_BOX // 2
-    soft = F.avg_pool2d(F.pad(image, (border,) * 4, mode="replicate"), SHARPEN_BOX, 1)
-    return to_pixels((image + (image - soft)).clamp(0, 1))[:, None]
+    image = policy.mean(policy.observe(lr.to(policy.times.device)))
+    return to_pixels(sr_policy.sharpen(image, 1.0).clamp(0, 1))[:, None]
 
 
 def measure(image: np.ndarray, lr: np.ndarray, hr: np.ndarray, models: dict[str, torch.nn.Module],
@@ -263,7 +261,7 @@ def examples(folder: Path, source: Path, groups: list[dict], values: dict[str, n
     """
     gains = values["tuned"][:, 0] - values["base"][:, 0]
     rows = []
-    for i in np.argsort(gains, kind="stable")[report.spread(len(gains), count)]:
+    for i in np.argsort(gains, kind="stable")[evenly(len(gains), count)]:
         name = groups[i]["id"]
         images = {"LR": read_image(source / groups[i]["lr"])}
         images |= {VARIANTS[variant][0]: read_image(folder / f"{name}_{variant}.png") for variant in SHOWN}
@@ -458,6 +456,13 @@ def main(cfg: Config) -> None:
                                         rewarded=run.settings_of(tuned_by, "04_train_sr_grpo"),
                                         models=models, pictures=pictures, stlpips=stlpips)
     values, wins, seconds = dist.gather_rows(values), dist.gather_rows(wins), dist.all_sum(seconds)
+    per_image = float(seconds) / (len(groups) * cfg.seeds_per_image)
+    read = values[..., 0].isfinite().all(1)                             # a reply of a PromptedJudge may not parse
+    if not read.all():
+        dist.print0(f"{int((~read).sum())} images are left out: a reply of the judge to them could not be read")
+    groups, values, wins = [group for group, good in zip(groups, read) if good], values[read], wins[read]
+    if len(groups) < 2:
+        fail(f"{judged_by}: its replies can be read for {len(groups)} test images alone: change its prompt or pattern")
 
     # 3. results
     names = {name: text for name, text in METRICS.items() if name != "stlpips" or stlpips}
@@ -470,8 +475,7 @@ def main(cfg: Config) -> None:
     headline = {f"{name}_{variant}": results["mean"][variant].get(name) for name, variants in IN_MANIFEST.items()
                 for variant in variants}
     headline |= {f"{name}_gain_ci95": results["gain_ci95"][name] for name in ("reward", "gold")}
-    headline |= {"win_rate": results["win_rate"],
-                 "seconds_per_image": round(float(seconds) / (len(groups) * cfg.seeds_per_image), 4)}
+    headline |= {"win_rate": results["win_rate"], "seconds_per_image": round(per_image, 4)}
 
     # 4. pictures and report
     if dist.is_main():

@@ -55,7 +55,7 @@ from scipy.special import expit, log_expit
 from common import metrics, run
 from common.config import fail
 from common.groups import SPLITS
-from common.images import read_image, resize
+from common.images import evenly, read_image, resize
 
 LOG = "judgements.jsonl"
 ASKED = ("consistency", "naturalness")
@@ -179,8 +179,7 @@ class Page:
         self.issued = {}                                    # annotator -> task on the screen
         for split in SPLITS:
             members = [group for group in groups if group["split"] == split]
-            count = min(per_split or len(members), len(members))
-            for index in np.linspace(0, len(members) - 1, count).astype(int):
+            for index in evenly(len(members), per_split or len(members)):
                 self.add(folder, members[index])
 
     def add(self, folder: Path, group: dict) -> None:

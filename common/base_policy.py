@@ -24,10 +24,10 @@ from common.config import fail
 from common.groups import image_batch
 from common.images import from_pixels, to_pixels, turn
 from common.sr_policy import Policy, Regressor, Sampler
-from common.training import (average, copied, cosine, drop_checkpoints, resume, save_checkpoint, set_lr, swapped,
-                             trainable, update, Weights)
+from common.training import (Weights, average, copied, cosine, drop_checkpoints, named, resume, save_checkpoint,
+                             set_lr, swapped, trainable, update)
 
-WIDTH, BLOCKS = 48, 6           # of the regressor: 273,024 weights at scale 4
+WIDTH, BLOCKS = 48, 6           # of the regressor: 273,264 weights at scale 4
 CHANNELS = [32, 64]             # of the UNet's levels: 0.65 million weights
 REGRESSOR_SHARE = 1 / 3         # steps of the regressor, in steps of the UNet
 EARLY = 0.15                    # part of the UNet's training after which early/ is written
@@ -115,7 +115,7 @@ def fit(network: nn.Module, loss_of: Callable[[int], Tensor], folder: Path, *, s
     weights = trainable(network)
     averaged = copied(weights)
     optimizers = {"adamw": torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))}
-    both = {f"now.{name}": p for name, p in weights.items()} | {f"averaged.{name}": p for name, p in averaged.items()}
+    both = named(policy=weights, averaged=averaged)
     first, _ = resume(folder, both, optimizers)
     for step in tqdm(range(first, steps), f"base policy: {folder.name}", initial=first, total=steps, mininterval=1,
                      disable=not dist.is_main()):

@@ -38,7 +38,7 @@ PASSES = {
 LAST_CUTOFF = {"realesrgan": math.pi / 3, "light": math.pi / 3, "mild": 0.6 * math.pi}   # radians per px
 
 
-def sample_params(seed: int, kind: str = "realesrgan", scale: int = 4) -> dict:
+def sample_params(seed: int, kind: str, scale: int) -> dict:
     """Every random choice of one degradation: JSON {kind, scale, steps}. ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"degradation kind {kind!r} is not one of {', '.join(KINDS)}")

@@ -55,7 +55,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def print0(message: str = "") -> None:
+def print0(message: str) -> None:
     """Print on the main rank only."""
     if is_main():
         print(message, flush=True)

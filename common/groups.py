@@ -8,7 +8,8 @@ A line is a JSON object about one LR image and its candidates; paths are relativ
     lr, hr              paths; hr is null where there is no ground truth
     degradation         how LR was made of HR (degrade.py), {} if not here
     candidates          C objects with id, path and method; the method "warp+blur" has two parts
-    labels              axis -> {"ranks": C numbers, 1 is best, "scores": C numbers or null, "source": proxy, human};
+    labels              axis -> {"ranks": C numbers, 1 is best, "scores": C numbers or null,
+                        "source": proxy, human, import};
                         with "scale": "group" the scores compare inside the group only
     sha256              path -> hex digest of the file, checked whenever it is read
 

@@ -74,7 +74,7 @@ def grpo_loss(
     gradients: the result is the same for any split (DDP averages: multiply the loss by the world size).
     samples * T_max is Dr. GRPO. None: the actions of this micro-batch.
     stats: detached 0-d tensors, maxima or means over unmasked actions: policy_kl = KL(old || policy), ref_kl,
-    clip_frac_low and clip_frac_high (actions whose gradient the clip removed), ratio_max, log_ratio_max_abs.
+    clip_frac_low and clip_frac_high (actions whose gradient the clip removed), ratio_max.
     """
     shape = tuple(logp.shape)
     assert len(shape) == 2, f"logp should be [B, T], got {shape}"
@@ -105,7 +105,6 @@ def grpo_loss(
             "clip_frac_low": ((ratio < 1 - clip_low) & (advantages < 0)).sum() / count,
             "clip_frac_high": ((ratio > 1 + clip_high) & (advantages > 0)).sum() / count,
             "ratio_max": torch.where(mask, ratio, 0.0).max(),
-            "log_ratio_max_abs": log_ratio.abs().max(),
         }
     return loss, stats
 

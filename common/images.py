@@ -171,6 +171,11 @@ def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]
     return [(int(y), int(x)) for y in corners[0] for x in corners[1]]
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. count - 1, evenly spaced: what is shown of a long list."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
 def cut(image: np.ndarray, corner: tuple[int, int], side: int, scale: int) -> np.ndarray:
     """[scale * side, scale * side, 3] of an SR image at `corner` (y, x) of its LR image, LR px; scale 1: of LR."""
     y, x = (scale * place for place in corner)

@@ -55,7 +55,8 @@ ANSWER = re.compile(r"<thinking>((?:(?!</?thinking>|</?answer>).)*)</thinking>"
 CONSISTENCY_WORDS = ("other content", "far off", "off", "close", "same")
 NATURALNESS_WORDS = ("broken", "bad", "fair", "good", "natural")
 FAULTS = (*INCONSISTENT, *UNNATURAL)
-FACTS = {"base", "base_inside", "dtype", "lr_view", "candidate_view", "max_pixels", "prompt_version", "adapter"}
+FACTS = {"base", "base_inside", "dtype", "lr_view", "candidate_view", "max_pixels", "prompt_version", "adapter",
+         "blind"}
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
 
 
@@ -149,7 +150,7 @@ def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor,
         height, width = shown[0].shape[:2]
         lr = lr if judge.lr_view == "native" else resize(lr, (width, height), "bicubic")
         frames, sizes = zip(*(frame_patches(judge, image) for image in (lr, *shown)))
-        for i, frame in enumerate(frames):
+        for frame in frames:
             first = frames[0] if judge.candidate_view == "clip" else frame
             pixels.append(torch.stack([first, frame], 2).flatten(1))
         grids += [(1, *size) for size in sizes]
@@ -158,8 +159,8 @@ def pixel_patches(judge: Judge, groups: list[list[np.ndarray]]) -> tuple[Tensor,
 
 def frame_patches(judge: Judge, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
     """
-    Patches of an image as the judge's processor cuts them, but on the judge's device: float32 [patches, 3, p * p], those
-    of an image token one after the other; and their rows and columns.
+    Patches of an image as the judge's processor cuts them, but on the judge's device: float32 [patches, 3, p * p],
+    those of an image token one after the other; and their rows and columns.
     """
     processor = judge.processor
     p, m, (height, width) = processor.patch_size, processor.merge_size, size_seen(judge, *image.shape[:2])
@@ -411,7 +412,7 @@ def load_judge(path: str | Path, device: torch.device) -> Judge | PromptedJudge:
              f"{PROMPT_VERSION}: train it again with 02_train_reward.py and another run=")
     base = path / facts["base"] if facts["base_inside"] else facts["base"]
     judge = load_model(base, device, dtype=facts["dtype"], lr_view=facts["lr_view"],
-                       candidate_view=facts["candidate_view"], blind=facts.get("blind", False))
+                       candidate_view=facts["candidate_view"], blind=facts["blind"])
     judge.processor.size["longest_edge"] = facts["max_pixels"]
     if facts["adapter"]:
         judge.model = with_adapter(judge, path / "judge" / "adapter").eval()

@@ -126,7 +126,7 @@ def read_reply(judge: PromptedJudge, text: str) -> list[float]:
         found = {}
     if not found or not np.isfinite(list(found.values())).all():
         if not judge.unread:
-            tqdm.write(f"warning: the first reply that judge.yaml's pattern does not fit: {text!r}", file=sys.stderr)
+            tqdm.write(f"warning: the first reply that the judge's pattern does not fit: {text!r}", file=sys.stderr)
         judge.unread.append(text)
         return [np.nan] * len(AXES)
     mean = sum(found.values()) / len(found)

@@ -40,11 +40,6 @@ img { width: 100%; display: block; border-radius: 6px } .pixels img { image-rend
 """
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. count - 1, evenly spaced: what is shown of a long list."""
-    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
-
-
 # pieces of a page ----------------------------------------------------------------------------------------------------
 
 def png_tag(image: np.ndarray | bytes, name: str, attributes: str = "") -> str:

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from common import mllm, report, run, sr_policy
 from common.config import fail
-from common.images import BICUBIC, MAX_PIXELS, cut, find, from_pixels, grid, read_image, resize, to_pixels, write_png
+from common.images import (BICUBIC, MAX_PIXELS, cut, evenly, find, from_pixels, grid, read_image, resize, to_pixels,
+                           write_png)
 from common.metrics import AXES
 from common.mllm import Judge
 from common.sr_policy import Policy
@@ -279,7 +280,7 @@ def write_page(folder: Path, pictures: list[Picture], *, lr_dir: str, variants: 
     good = [record for record in records if "reason" not in record]
     showable = [(picture, record) for picture, record in zip(pictures, records) if "reason" not in record
                 and record["size"][0] * record["size"][1] * scale ** 2 <= MAX_PIXELS]
-    shown = [(showable[i][1], views(folder, *showable[i], scale)) for i in report.spread(len(showable), shown_images)]
+    shown = [(showable[i][1], views(folder, *showable[i], scale)) for i in evenly(len(showable), shown_images)]
     parts = [f"<p>{len(good)} pictures of {html.escape(lr_dir)}, {scale} times as wide and high; shown: {len(shown)}, "
              f"evenly spread, each where it has most contrast. Drag the slider: bicubic on the left, {variants[-1]} on "
              "the right.</p>"]

@@ -46,6 +46,11 @@ def average(averaged: Weights, weights: Weights, decay: float) -> None:
         tensor.lerp_(weights[name], 1 - decay)
 
 
+def named(**parts: Weights) -> Weights:
+    """Several sets of weights as one, as a checkpoint holds them: `averaged.<name>` and so on."""
+    return {f"{part}.{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
+
+
 @contextlib.contextmanager
 def swapped(weights: Weights, others: Weights):
     """Inside, the parameters `weights` have the values of `others`, and the reverse; afterwards all is as it was."""

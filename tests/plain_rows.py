@@ -1,7 +1,7 @@
 """
 The reward model without shared prefixes: one plain row per leaf of a token tree, as transformers itself reads it.
 
-The slow reference for token trees and for sampling, in tests and in bench.py.
+The slow reference for token trees and for sampling, in tests and in gpu_check.py.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager

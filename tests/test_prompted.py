@@ -109,7 +109,8 @@ def test_scores_are_those_of_greedy_replies_written_one_by_one(question):
     assert len(judge.unread) == sum(not re.findall(judge.pattern, text) for text in texts) < len(set(texts))
 
 
-def test_03_and_04_take_it_as_the_judge_and_count_replies_without_a_score(toy_run, toy_config, tmp_path, monkeypatch):
+def test_03_04_and_05_take_it_as_the_judge_and_leave_out_replies_without_a_score(toy_run, toy_config, tmp_path,
+                                                                               monkeypatch):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     save_random(tmp_path / "model", "qwen3_vl", tokenizer)
@@ -125,7 +126,7 @@ def test_03_and_04_take_it_as_the_judge_and_count_replies_without_a_score(toy_ru
         return judge
 
     monkeypatch.setattr(mllm, "load_prompted", load_digits)
-    for number, settings in (("03", []), ("04", ["steps=1", "std_floor=0", "eval_every=1"])):
+    for number, settings in (("03", []), ("04", ["steps=1", "std_floor=0", "eval_every=1"]), ("05", ["large_crops=0"])):
         stage = load_stage(number)
         stage.main(load_config(stage.Config, stage.__file__, [
             str(toy_config), f"run={tmp_path}", f"judge={path}", *settings]))
@@ -137,6 +138,9 @@ def test_03_and_04_take_it_as_the_judge_and_count_replies_without_a_score(toy_ru
     assert 0 < found["accuracy"]["judge"]["overall"]["value"] < 1
     row = json.loads((tmp_path / "04_train_sr_grpo" / "metrics.jsonl").read_text())
     assert 0 <= row["bad_rewards"] < 9 and row["val_reward"] is not None
+    measured = run.read_json(tmp_path / "05_eval_sr" / "results.json")
+    assert 2 <= measured["images"] < len({line["group"] for line in lines})
+    assert all(means["reward"] is not None for means in measured["mean"].values())
 
 
 @pytest.mark.parametrize("change, says", [
