@@ -456,7 +456,6 @@ def main(cfg: Config) -> None:
                                         rewarded=run.settings_of(tuned_by, "04_train_sr_grpo"),
                                         models=models, pictures=pictures, stlpips=stlpips)
     values, wins, seconds = dist.gather_rows(values), dist.gather_rows(wins), dist.all_sum(seconds)
-    per_image = float(seconds) / (len(groups) * cfg.seeds_per_image)
     read = values[..., 0].isfinite().all(1)                             # a reply of a PromptedJudge may not parse
     if not read.all():
         dist.print0(f"{int((~read).sum())} images are left out: a reply of the judge to them could not be read")
@@ -475,7 +474,8 @@ def main(cfg: Config) -> None:
     headline = {f"{name}_{variant}": results["mean"][variant].get(name) for name, variants in IN_MANIFEST.items()
                 for variant in variants}
     headline |= {f"{name}_gain_ci95": results["gain_ci95"][name] for name in ("reward", "gold")}
-    headline |= {"win_rate": results["win_rate"], "seconds_per_image": round(per_image, 4)}
+    headline |= {"win_rate": results["win_rate"],
+                 "seconds_per_image": round(float(seconds) / (len(read) * cfg.seeds_per_image), 4)}
 
     # 4. pictures and report
     if dist.is_main():

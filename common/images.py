@@ -172,7 +172,7 @@ def grid(height: int, width: int, side: int, limit: int) -> list[tuple[int, int]
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. count - 1, evenly spaced: what is shown of a long list."""
+    """At most `most` of the indices 0 .. count - 1, evenly spaced: some of a long list."""
     return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
