@@ -11,7 +11,8 @@ Reads   photographs (hr_dir), LR-only images (lr_dir), or a preference set that 
 Writes  <run>/01_build_dataset/   groups.jsonl (one line per LR image)  hr/  lr/  candidates/  skipped.jsonl
                                   contact_sheet.png (look at it)
                                   base/ (base_steps: the SR policy whose samples are candidates, and 04's start)
-                                  config.yaml  manifest.json (how many labels, what names alone explain)
+                                  config.yaml  manifest.json (how many labels, what names alone explain, LR-PSNR of
+                                  the ground truth)
                                   judgements.jsonl  annotation_report.md (if people judge)
 Expect  demo: 3290 groups, 19740 candidates; a table of method means gets about 0.73 of the test pairs right.
 
@@ -57,6 +58,7 @@ FAULT_ON_PARTIAL = 0.8  # probability that an unnatural fault starts from a part
 DOUBLE_STRONGEST = 0.5  # two faults of up to this strength weigh about as much as one of up to 1 (measured)
 PRIOR_LIMIT = 0.8       # more of the test pairs explained by method names alone gets a warning
 SHEET_ROWS = 8          # groups on contact_sheet.png
+TRUTH_IMAGES = 500      # ground truth whose LR-PSNR is measured, evenly spaced
 CROPS_PER_JOB = 32      # of one photograph: enough to read it seldom, few enough for many cores
 WAIT = timedelta(days=2)        # under torchrun, for the longest work that the main rank does alone
 FREE = ("annotate", "annotate_host", "annotate_port", "annotate_show", "annotate_groups", "labels", "workers",
@@ -490,7 +492,18 @@ def publish(folder: Path, groups: list[dict]) -> dict:
     """Write the data set and a picture of it; what manifest.json says of it."""
     run.write_lines(folder / "groups.jsonl", groups)
     contact_sheet(folder, [groups[i] for i in evenly(len(groups), SHEET_ROWS)])
-    return quality(groups)
+    return quality(groups) | {"lr_psnr_hr": lr_psnr_of_truth(folder, [group for group in groups if group["hr"]])}
+
+
+def lr_psnr_of_truth(folder: Path, groups: list[dict]) -> float | None:
+    """
+    dB: median LR-PSNR of the ground truth, what the degradation takes from it; None without groups.
+
+    An SR image below it has invented what LR does not show: the guard of 04.
+    """
+    pairs = ([read_image(folder / groups[i][key]) for key in ("hr", "lr")] for i in evenly(len(groups), TRUTH_IMAGES))
+    values = [metrics.lr_psnr(hr, lr, len(hr) // len(lr)) for hr, lr in pairs]
+    return round(float(np.median(values)), 3) if values else None
 
 
 # people, once the data set is complete -----------------------------------------------------------------------

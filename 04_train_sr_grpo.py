@@ -15,8 +15,8 @@ become the best so far if the judge's score is the highest yet, unless one of tw
 floor, or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
 more than is allowed. The best are kept; the last ones are reported beside them.
 
-Training needs LR images and the judge alone. Ground truth, where there is any, sets the floor and gives gold, PSNR
-and a column of the sheets: of validation images is enough; without any, guard and vetoes are off.
+Training needs LR images and the judge alone. Ground truth, where there is any, sets the floor (01 measured it) and
+gives gold, PSNR and a column of the sheets: of validation images is enough; without any, guard and vetoes are off.
 
 What is left out of GRPO here: CFG (1 in rollout and training: half the cost, nothing to distill); the first latent as
 an action (no signal is left in it, and the group shares it); with one update per rollout, the importance ratio (it is
@@ -49,7 +49,7 @@ from common.config import fail, load_config
 from common.dist import mine
 from common.groups import all_groups, image_batch, in_split, pick, require_enough, require_one_size, shown_sizes
 from common.grpo import gaussian_kl, group_advantages, grpo_loss
-from common.images import evenly, sheet, to_pixels, write_png
+from common.images import sheet, to_pixels, write_png
 from common.sr_pipelines import PIPELINES, Published
 from common.sr_policy import Policy, Rollout, SAMPLERS
 from common.training import (adapter_off, average, copied, count_bad_steps, named, resume, save_checkpoint,
@@ -57,7 +57,7 @@ from common.training import (adapter_off, average, copied, count_bad_steps, name
 
 MAX_GRAD_NORM = 1.0                 # gradients are clipped to this norm
 ADVANTAGE_CLIP = 5.0                # standard deviations
-FLOOR_IMAGES, FLOOR_SLACK = 500, 1.0    # LR-PSNR floor: median of the ground truth of so many images, less dB
+FLOOR_SLACK = 1.0                   # dB: the LR-PSNR floor is so much below the median of the ground truth
 SHEET_ROWS = 8                      # of samples/step_*.png
 
 
@@ -156,16 +156,6 @@ def start_policy(cfg: Config, folder: Path, *, source: Path, scale: int) -> None
         folder.mkdir(exist_ok=True)
         sr_policy.with_sampling(base, steps=cfg.denoise_steps, gain=cfg.gain).save(folder)
     dist.barrier()
-
-
-def lr_psnr_floor(source: Path, groups: list[dict]) -> float:
-    """dB: median LR-PSNR of the ground truth of up to FLOOR_IMAGES groups, less FLOOR_SLACK; -inf: there is none."""
-    if not groups:
-        return -math.inf
-    some = [groups[i] for i in evenly(len(groups), FLOOR_IMAGES)]
-    pairs = ([to_pixels(image_batch(source, [group], key))[0] for key in ("hr", "lr")] for group in some)
-    values = [metrics.lr_psnr(hr, lr, len(hr) // len(lr)) for hr, lr in pairs]
-    return float(np.median(values)) - FLOOR_SLACK
 
 
 def with_reference(cfg: Config, policy: Policy) -> tuple[Policy, Policy]:
@@ -361,11 +351,6 @@ def write_sheet(path: Path, *, source: Path, groups: list[dict], before: np.ndar
 
 # the stage -------------------------------------------------------------------------------------------------------
 
-def with_hr(groups: list[dict]) -> list[dict]:
-    """Those that have a ground truth. Labels are not needed here."""
-    return [group for group in groups if group["hr"]]
-
-
 def outcome(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> dict[str, float | None]:
     """Results: numbers of the evaluation at the start, of the best and of the last weights; null: no ground truth."""
     values = {"start": start, "end": best, "last": last}
@@ -382,14 +367,15 @@ def main(cfg: Config) -> None:
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
     groups = all_groups(source)
     train, val = (in_split(source, groups, split) for split in ("train", "val"))
-    val = with_hr(val) or val
+    val = [group for group in val if group["hr"]] or val
     require_one_size(source, train + val)
     require_enough(len(train), inputs_per_step=cfg.inputs_per_step)
     fixed = [val[i] for i in sorted(run.np_rng(cfg.seed, "evaluate").permutation(len(val))[:cfg.eval_inputs])]
     if min(cfg.inputs_per_step, len(fixed)) < dist.world_size():
         fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step} or the {len(fixed)} "
              "validation images: start fewer")
-    floor = lr_psnr_floor(source, with_hr(train) or with_hr(val))
+    truth = run.read_json(source / "manifest.json")["results"]["lr_psnr_hr"]
+    floor = -math.inf if truth is None else truth - FLOOR_SLACK
     dist.print0(f"read {source}: {len(train)} training images; {len(fixed)} of {len(val)} validation images\n"
                 f"GRPO: {cfg.steps} steps of {cfg.inputs_per_step} x {cfg.samples_per_input} samples; "
                 f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained\n"

@@ -6,8 +6,8 @@ judge learned from, min(consistency, detail), which reads the ground truth. The 
 drops checkpoints that it finds worse, on validation photographs: it is not held out. ST-LPIPS, which nothing here
 optimized or selected by, is measured where its weights are (`stlpips`). Bicubic and the ground truth are rows of every
 table, as are two rivals that need no GRPO: the best of the base's samples by the judge, and (small policy) the
-regressor's image sharpened. A published model is compared at guidance 1, as 04 tunes it, and not at its own default.
-Intervals are paired bootstraps over test images.
+regressor's image sharpened. A published model is compared at guidance 1, as 04 tunes it; one sample of it as diffusers
+runs it by default is a row, too. Intervals are paired bootstraps over test images.
 
 With lr_dir it restores a folder of yours instead: pictures of any size, no ground truth.
 
@@ -48,6 +48,8 @@ VARIANTS = {                        # what is compared -> (name in the report, w
     "sharpened": ("regressor, sharpened", "a rival of one line: the small policy's regressor alone, and once more "
                   f"what a blur of {sr_policy.MAP_BOX} px takes from it"),
     "base": ("base", "the policy before GRPO"),
+    "default": ("base, its own default", "the published model as diffusers runs it, with its own steps and guidance: "
+                "one sample"),
     "best_of_n": ("best of N", "of all the base's samples of an image the one that the judge scores highest, without "
                   "GRPO. As the judge picked it, its reward is optimistic; the other columns are fair"),
     "tuned": ("tuned", "the policy after GRPO"),
@@ -142,8 +144,8 @@ def judge_folder(cfg: Config, tuned_by: Path) -> Path:
 
 
 def variants_of(policy: Policy) -> list[str]:
-    """Of VARIANTS, those that there are: only the small policy has a regressor."""
-    return [name for name in VARIANTS if name != "sharpened" or policy.kind == "pixel"]
+    """Of VARIANTS, those that there are: the small policy has a regressor, the others have a default of their own."""
+    return [name for name in VARIANTS if name != ("default" if policy.kind == "pixel" else "sharpened")]
 
 
 # restore and measure ----------------------------------------------------------------------------------------
@@ -191,6 +193,8 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, gro
     """
     weights = torch.tensor([rewarded[f"weight_{axis}"] for axis in metrics.AXES])
     variants, values, wins, seconds = variants_of(policies["base"]), [], [], torch.tensor(0.0, dtype=torch.float64)
+    if "default" in variants:
+        by_default = sr_pipelines.by_default(policies["base"].sampler, judge.device)
     for i in tqdm(range(0, len(groups), cfg.images_per_gpu), "restore and judge", disable=not dist.is_main()):
         batch = groups[i:i + cfg.images_per_gpu]
         names, lr, hr = [group["id"] for group in batch], *(image_batch(source, batch, key) for key in ("lr", "hr"))
@@ -205,6 +209,9 @@ def measure_all(cfg: Config, policies: dict[str, Policy], judge: mllm.Judge, gro
                 write_png(pictures / f"{name}_{variant}.png", image[0])
         if "sharpened" in variants:
             parts["sharpened"] = sharpened(policies["base"], lr)
+        if "default" in variants:
+            parts["default"] = np.stack([by_default(one[None].to(judge.device), (cfg.seed, "test", name))
+                                         for name, one in zip(names, lr)])[:, None]
         images = np.concatenate(list(parts.values()), 1)                            # [B, all, H, W, 3]
         rewards = mllm.scores_in_crops(judge, low, images, crop=rewarded["crop"],
                                        limit=rewarded["crops_per_image"]) @ weights

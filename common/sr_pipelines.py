@@ -20,9 +20,11 @@ Sources: LDM arXiv 2112.10752 section 4.4; noise on LR as augmentation arXiv 210
 ControlNet arXiv 2302.05543; all pipelines as in diffusers 0.42.
 """
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 from common import dist, run, sr_policy
 from common.config import fail
+from common.images import to_pixels
 from common.sr_policy import Policy
 from common.training import merged
 
@@ -249,12 +252,12 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def observe(self, lr: Tensor, keys: list[tuple]) -> Tensor:
         """Control latent [B, C, h, w] of LR [B, 3, H / s, W / s] in 0..1; the autoencoder's noise is that of keys."""
-        height, width = (self.sampler.scale * length for length in lr.shape[-2:])
+        image = enlarged(lr, self.sampler.scale)
+        height, width = image.shape[-2:]
         if any(length % self.multiple for length in lr.shape[-2:]) or max(height, width) > self.largest:
             fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px and at most "
                  f"{self.largest // self.sampler.scale}, these are {lr.shape[-1]} x {lr.shape[-2]}: choose hr_size "
                  "and scale in stage 01, large_size in 05 so")
-        image = F.interpolate(lr, (height, width), mode="bicubic", antialias=True).clamp(0, 1)  # antialias: as Pillow
         codes = [self.vae.encode(2 * one[None] - 1).latent_dist for one in image]       # one by one: large
         mean, std = torch.cat([code.mean for code in codes]), torch.cat([code.std for code in codes])
         noise = sr_policy.draw_noise([(*key, "lr") for key in keys], mean.shape[1:], lr.device)
@@ -291,6 +294,11 @@ class FlowPolicy(nn.Module):
         run.write_json(folder / "sampler.json", asdict(replace(self.sampler, model=".", controlnet="")))
 
 
+def enlarged(lr: Tensor, scale: int) -> Tensor:
+    """LR [B, 3, h, w] in 0..1 at SR's size, as Pillow enlarges it (antialias)."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 @torch.no_grad()
 def encode_prompt(pipeline, prompt: str) -> tuple[Tensor, Tensor]:
     """Tokens [1, L, D] and their summary [1, P], for every rank, by the main one: it alone has the text encoders."""
@@ -299,3 +307,35 @@ def encode_prompt(pipeline, prompt: str) -> tuple[Tensor, Tensor]:
         text, _, pooled, _ = pipeline.encode_prompt(*[prompt] * 3, device="cpu", do_classifier_free_guidance=False)
     text, pooled = (dist.gather_rows(part.flatten()) for part in (text, pooled))        # other ranks have no rows
     return text.view(1, -1, pipeline.transformer.config.joint_attention_dim), pooled[None]
+
+
+# as published ----------------------------------------------------------------------------------------------------
+
+def by_default(sampler: Published, device: torch.device) -> Callable[[Tensor, tuple], np.ndarray]:
+    """
+    The published pipeline as diffusers runs it, with its own scheduler, number of steps and guidance (to which no text
+    is the opposite of `prompt`): a function of LR [1, 3, h, w] in 0..1 and a key of its noise that returns SR, uint8
+    [H, W, 3]. Every rank calls it.
+    """
+    pipeline, texts = load_pipeline(sampler), {}
+    pipeline.set_progress_bar_config(disable=True)
+    if sampler.policy == "sd3":                                         # the text encoders have then done their work
+        for name, prompt in (("", sampler.prompt), ("negative_", "")):
+            text, pooled = encode_prompt(pipeline, prompt)
+            texts |= {f"{name}prompt_embeds": text.to(device), f"{name}pooled_prompt_embeds": pooled.to(device)}
+        pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.text_encoder_3 = None
+    elif sampler.policy == "upscaler":
+        texts = {"prompt": sampler.prompt}
+    pipeline.to(device)
+
+    @torch.no_grad()
+    def restore(lr: Tensor, key: tuple) -> np.ndarray:
+        image = {"image": lr if sampler.policy == "upscaler" else 2 * lr - 1}
+        if sampler.policy == "sd3":
+            large = 2 * enlarged(lr, sampler.scale) - 1
+            image = {"control_image": large, "height": large.shape[-2], "width": large.shape[-1]}
+        with torch.random.fork_rng():                                   # some of the noise is of torch's own generator
+            torch.manual_seed(run.stable_seed(*key))
+            images = pipeline(**image, **texts, output_type="np").images
+        return to_pixels(torch.from_numpy(images).permute(0, 3, 1, 2))[0]
+    return restore

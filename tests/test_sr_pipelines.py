@@ -237,6 +237,29 @@ def test_restore_is_the_sd3_pipeline_of_diffusers(models, tmp_path, pooled, t5, 
     assert not torch.allclose(sr_policy.restore(policy, expected["seen"], expected["first"]), sr, atol=1e-4)
 
 
+def test_by_default_is_what_diffusers_does(models, kind):
+    """With a text and guidance, though the pipeline is handed embeddings; its noise is that of the key alone."""
+    from diffusers import DiffusionPipeline, SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+    prompt, lr = "" if kind == "ldm" else "a b", pictures(kind)[:1]
+    restore = sr_pipelines.by_default(Published(kind, scale=4, steps=STEPS, prompt=prompt, **models[kind]), CPU)
+    sr = restore(lr, (0, "a"))
+    assert np.array_equal(restore(lr, (0, "a")), sr) and not np.array_equal(restore(lr, (0, "b")), sr)
+    if kind == "sd3":
+        pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+            models[kind]["model"], controlnet=SD3ControlNetModel.from_pretrained(models[kind]["controlnet"]))
+        large = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
+        settings = {"prompt": prompt, "control_image": 2 * large - 1, "height": 32, "width": 32}
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(models[kind]["model"])
+        settings = {"image": 2 * lr - 1} if kind == "ldm" else {"image": lr, "prompt": prompt}
+    torch.manual_seed(run.stable_seed(0, "a"))
+    expected = pipeline(**settings, output_type="np").images[0]
+    assert np.abs(sr - 255 * expected).max() <= 1
+    if kind != "ldm":                                                   # guidance acts: without it, another image
+        torch.manual_seed(run.stable_seed(0, "a"))
+        assert np.abs(sr - 255 * pipeline(**settings, guidance_scale=1.0, output_type="np").images[0]).max() > 1
+
+
 def test_what_the_policy_sees_of_lr(policy, kind, capsys):
     lr = (pictures(kind) * 255).round() / 255
     seen = policy.observe(lr, keys())
@@ -370,6 +393,9 @@ def test_04_and_05_tune_and_compare_a_published_model(models, toy_config, toy_ru
     done = run_stage("05", toy_config, f"run={tmp_path}", "seeds_per_image=1")
     assert done.returncode == 0, done.stderr
     assert np.isfinite(run.read_json(tmp_path / "05_eval_sr" / "manifest.json")["results"]["reward_tuned"])
+    means = run.read_json(tmp_path / "05_eval_sr" / "results.json")["mean"]
+    assert list(means) == ["bicubic", "base", "default", "best_of_n", "tuned", "hr"]
+    assert np.isfinite(list(means["default"].values())).all() and means["default"] != means["base"]
 
 
 def check_that_the_main_rank_encodes_for_all(models: dict[str, str], folder: Path) -> None:
