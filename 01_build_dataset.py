@@ -492,7 +492,8 @@ def publish(folder: Path, groups: list[dict]) -> dict:
     """Write the data set and a picture of it; what manifest.json says of it."""
     run.write_lines(folder / "groups.jsonl", groups)
     contact_sheet(folder, [groups[i] for i in evenly(len(groups), SHEET_ROWS)])
-    return quality(groups) | {"lr_psnr_hr": lr_psnr_of_truth(folder, [group for group in groups if group["hr"]])}
+    return quality(groups) | {"lr_psnr_hr": lr_psnr_of_truth(folder, [
+        group for group in groups if group["hr"] and group["split"] != "test"])}
 
 
 def lr_psnr_of_truth(folder: Path, groups: list[dict]) -> float | None:

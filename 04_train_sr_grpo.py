@@ -12,7 +12,7 @@ The policy is the base policy of 01, or a published diffusion model (`policy`, `
 
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
 become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
-floor, or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
+floor (and the start, which may be lower), or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
 more than is allowed. The best are kept; the last ones are reported beside them.
 
 Training needs LR images and the judge alone. Ground truth, where there is any, sets the floor (01 measured it) and
@@ -149,7 +149,9 @@ def start_policy(cfg: Config, folder: Path, *, source: Path, scale: int) -> None
     base = sr_policy.load_small(place, torch.device("cpu"))
     if base.sampler.scale != scale:
         fail(f"policy: {place} enlarges by {base.sampler.scale}, the images of {source} need {scale}: name another")
-    if cfg.sharpening and base.map is None:
+    if not cfg.sharpening:
+        base.map = None
+    elif base.map is None:
         torch.manual_seed(run.stable_seed(cfg.seed, "map"))             # networks start from torch's own generator
         base.map = sr_policy.SharpeningMap()
     if dist.is_main():
@@ -325,14 +327,14 @@ def evaluate(policy: Policy, judge: mllm.Judge, cfg: Config, *, source: Path,
         columns.append(torch.tensor(rows).to(columns[0]))
     values = dist.gather_rows(torch.cat(columns, 1))
     unread = values[:, 0].isnan() & values[:, 1].isfinite()             # a reply of a PromptedJudge did not parse
-    values = values[~unread].mean(0).tolist()
-    return dict(zip(("val_reward", "val_lr_psnr", "val_gold", "val_psnr"), values)), to_pixels(dist.gather_rows(sr))
+    means = [values[~unread, 0].mean().item(), *values[:, 1:].mean(0).tolist()]
+    return dict(zip(("val_reward", "val_lr_psnr", "val_gold", "val_psnr"), means)), to_pixels(dist.gather_rows(sr))
 
 
 def is_best(cfg: Config, values: dict[str, float], *, start: dict[str, float], best: dict[str, float],
             floor: float) -> bool:
     """Whether an evaluation has the highest score so far and neither veto; NaN never has. floor: of LR-PSNR, dB."""
-    faithful = values["val_lr_psnr"] >= floor
+    faithful = values["val_lr_psnr"] >= min(floor, start["val_lr_psnr"])
     not_fooled = "val_gold" not in start or values["val_gold"] >= start["val_gold"] - cfg.max_gold_drop
     return faithful and not_fooled and values["val_reward"] > best["val_reward"]
 
@@ -354,7 +356,7 @@ def write_sheet(path: Path, *, source: Path, groups: list[dict], before: np.ndar
 def outcome(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> dict[str, float | None]:
     """Results: numbers of the evaluation at the start, of the best and of the last weights; null: no ground truth."""
     values = {"start": start, "end": best, "last": last}
-    return {f"{name}_{when}": round(one[f"val_{name}"], 4) if f"val_{name}" in one else None
+    return {f"{name}_{when}": None if one.get(f"val_{name}") is None else round(one[f"val_{name}"], 4)
             for name in ("reward", "lr_psnr", "gold", "psnr") for when, one in values.items()}
 
 
@@ -374,8 +376,10 @@ def main(cfg: Config) -> None:
     if min(cfg.inputs_per_step, len(fixed)) < dist.world_size():
         fail(f"{dist.world_size()} processes are more than inputs_per_step={cfg.inputs_per_step} or the {len(fixed)} "
              "validation images: start fewer")
-    truth = run.read_json(source / "manifest.json")["results"]["lr_psnr_hr"]
-    floor = -math.inf if truth is None else truth - FLOOR_SLACK
+    facts = run.read_json(source / "manifest.json")["results"]
+    if "lr_psnr_hr" not in facts:
+        fail(f"{source} was built before 01 measured the LR-PSNR of the ground truth: delete it and build it again")
+    floor = -math.inf if facts["lr_psnr_hr"] is None else facts["lr_psnr_hr"] - FLOOR_SLACK
     dist.print0(f"read {source}: {len(train)} training images; {len(fixed)} of {len(val)} validation images\n"
                 f"GRPO: {cfg.steps} steps of {cfg.inputs_per_step} x {cfg.samples_per_input} samples; "
                 f"{cfg.window_width} of {cfg.denoise_steps} denoising steps are trained\n"

@@ -48,8 +48,8 @@ VARIANTS = {                        # what is compared -> (name in the report, w
     "sharpened": ("regressor, sharpened", "a rival of one line: the small policy's regressor alone, and once more "
                   f"what a blur of {sr_policy.MAP_BOX} px takes from it"),
     "base": ("base", "the policy before GRPO"),
-    "default": ("base, its own default", "the published model as diffusers runs it, with its own steps and guidance: "
-                "one sample"),
+    "default": ("base, its own default", "the published model as diffusers runs it, with its own steps and guidance "
+                "(which acts if stage 04 had a prompt): one sample"),
     "best_of_n": ("best of N", "of all the base's samples of an image the one that the judge scores highest, without "
                   "GRPO. As the judge picked it, its reward is optimistic; the other columns are fair"),
     "tuned": ("tuned", "the policy after GRPO"),
@@ -58,7 +58,7 @@ SHOWN = ("bicubic", "base", "tuned", "hr")      # of these, as images
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
     "gold": ("gold", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the ground truth, and from "
-             "which the judge learned. Stage 04 did not optimize it (on validation photographs, it drops checkpoints "
+             "which a judge learns where there are no people's labels. Stage 04 did not optimize it (on validation photographs, it drops checkpoints "
              "that fall below the start); where the reward rises and gold falls, the judge is fooled"),
     "proxy_consistency": ("consistency", "first half of gold: agreement with the ground truth at the size of LR, "
                           "beyond what LR itself has wrong"),
@@ -377,7 +377,7 @@ def report_page(results: dict, names: dict[str, tuple], rows: list[tuple], large
         "<h2>How the policy was tuned (stage 04)</h2><p>Validation images with fixed noise. The reward is to rise, "
         "LR-PSNR and gold not to fall, the KL to the policy before GRPO to stay small.</p>",
         report.curves(log, ("val_reward", "val_lr_psnr", "val_gold", "ref_kl")),
-        "<h2>What this does not show</h2><p>The labels are a proxy computed from the ground truth, not people's votes. "
+        "<h2>What this does not show</h2><p>Gold is a proxy computed from the ground truth, not people's votes. "
         "The intervals are over test images; these come from few photographs, so they say how sure the result is for "
         "such photographs, not for all.</p>"]
     return report.page("Super-resolution before and after GRPO", parts)

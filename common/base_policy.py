@@ -92,7 +92,7 @@ def train(folder: Path, stage: Path, names: list[str], *, steps: int, seed: int,
     sampler = Sampler(scale, STEPS, sr_policy.zero_terminal_betas(), sigma=float(left.square().mean().sqrt()),
                       gain=GAIN, width=WIDTH, blocks=BLOCKS)
     policy = Policy(unet, regressor, sampler).to(device)
-    early = round(EARLY * steps), lambda: policy.save(folder / "early")
+    early = max(1, round(EARLY * steps)), lambda: policy.save(folder / "early")
     averaged = fit(unet, unet_part, folder, steps=steps, early=early)
     average(trainable(unet), averaged, 0.0)
     if dist.is_main():

@@ -242,7 +242,7 @@ def restore_picture(folder: Path, picture: Picture, policies: dict[str, Policy],
             scores = mllm.scores_in_crops(judge, lr[None], np.stack(list(images.values()))[None], crop=judge_side,
                                           limit=judge_crops)[0]                             # [variants, 3]
             record["scores"] = {name: dict(zip(AXES, row.double().numpy().round(4).tolist()))
-                                for name, row in zip(images, scores)}
+                                for name, row in zip(images, scores) if row.isfinite().all()}     # else: not read
     path = record_path(folder, picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     run.write_bytes(path, json.dumps(record).encode())
@@ -288,7 +288,7 @@ def write_page(folder: Path, pictures: list[Picture], *, lr_dir: str, variants: 
               for name, axes in record["scores"].items()]
     if scores:
         means = [[name, *(f"{np.mean([row[axis] for row in scores if row['variant'] == name]):.2f}" for axis in AXES)]
-                 for name in (BICUBIC, *variants)]
+                 for name in (BICUBIC, *variants) if name in {row["variant"] for row in scores}]
         parts += [report.table([["mean score", *AXES], *means], variants[-1]), ABOUT_SCORES]
         run.write_csv(folder / "scores.csv", scores)
     parts += [figure(record, images) for record, images in shown]

@@ -313,8 +313,8 @@ def encode_prompt(pipeline, prompt: str) -> tuple[Tensor, Tensor]:
 
 def by_default(sampler: Published, device: torch.device) -> Callable[[Tensor, tuple], np.ndarray]:
     """
-    The published pipeline as diffusers runs it, with its own scheduler, number of steps and guidance (to which no text
-    is the opposite of `prompt`): a function of LR [1, 3, h, w] in 0..1 and a key of its noise that returns SR, uint8
+    The published pipeline as diffusers runs it, with its own scheduler, number of steps and guidance, away from no text
+    (so it acts where there is a `prompt`): a function of LR [1, 3, h, w] in 0..1 and a key of its noise that returns SR, uint8
     [H, W, 3]. Every rank calls it.
     """
     pipeline, texts = load_pipeline(sampler), {}
@@ -334,7 +334,7 @@ def by_default(sampler: Published, device: torch.device) -> Callable[[Tensor, tu
         if sampler.policy == "sd3":
             large = 2 * enlarged(lr, sampler.scale) - 1
             image = {"control_image": large, "height": large.shape[-2], "width": large.shape[-1]}
-        with torch.random.fork_rng():                                   # some of the noise is of torch's own generator
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):      # some noise is of torch's own
             torch.manual_seed(run.stable_seed(*key))
             images = pipeline(**image, **texts, output_type="np").images
         return to_pixels(torch.from_numpy(images).permute(0, 3, 1, 2))[0]

@@ -2,9 +2,8 @@
 ST-LPIPS, a learned perceptual distance that forgives small shifts (arXiv 2207.13686): AlexNet features, compared.
 
 Nothing here was trained on it and nothing optimizes it: a check of another construction than label and judge. The
-authors' weights (BSD license) lie in a wheel, of which one file is read and nothing is run; no package is needed:
-
-    pip download --no-deps stlpips-pytorch==0.0.2 && python -m zipfile -e stlpips_pytorch-0.0.2-*.whl stlpips
+authors' weights (BSD license) lie in a wheel, of which one file is read and nothing is run; no package is needed
+(HOW_TO_GET).
 
 The wheel's own network, with which this agrees, is `invariant_networks.alexnet("shift_tolerant")`: every stride is a
 blur, and convolution 1 is blurred before its ReLU.

@@ -373,6 +373,9 @@ def test_two_vetoes_and_the_highest_score(changes, best):
     start = {"val_reward": 5.0, "val_lr_psnr": 30.0, "val_gold": 0.5}
     assert STAGE.is_best(settings(max_gold_drop=0.0), start | {"val_reward": 6.0} | changes,
                          start=start, best=start | {"val_reward": 5.5}, floor=29.7) is best
+    low = start | {"val_lr_psnr": 20.0}                                 # a start below the floor: not to fall further
+    assert STAGE.is_best(settings(), low | {"val_reward": 6.0}, start=low, best=low, floor=29.7)
+    assert not STAGE.is_best(settings(), low | {"val_reward": 6.0, "val_lr_psnr": 19.9}, start=low, best=low, floor=29.7)
 
 
 def test_three_steps_without_a_finite_reward_end_the_run_and_name_the_checkpoint(toy_config, tuned, tmp_path, capsys,
@@ -423,7 +426,7 @@ def test_training_needs_no_ground_truth(toy_config, tuned, tmp_path, capsys):
     groups = [json.loads(line) for line in (source / "groups.jsonl").read_text().splitlines()]
     manifest = own / "01_build_dataset" / "manifest.json"
     truth = run.read_json(manifest)["results"]["lr_psnr_hr"]
-    pairs = [[read_image(source / group[key]) for key in ("hr", "lr")] for group in groups]
+    pairs = [[read_image(source / group[key]) for key in ("hr", "lr")] for group in groups if group["split"] != "test"]
     assert abs(truth - np.median([metrics.lr_psnr(hr, lr, 4) for hr, lr in pairs])) < 1e-3
     for blind in (["train"], ["train", "val"]):
         run.write_lines(own / "01_build_dataset" / "groups.jsonl",
