@@ -75,7 +75,8 @@ class Config:
     hr_size: int = 512                  # px, side of a crop and of every candidate
     scale: int = 4                      # HR side / LR side
     degradation: str = "realesrgan"     # realesrgan, light, mild (ours, for tiny images) or bicubic
-    max_source_share: float = 0.15      # no photograph gives more than this part of the groups of its split
+    max_source_share: float = 0.15      # most of the groups of its split that one photograph gives, textures a fifth of
+                                        # it; in proportion more where the photographs are too few
     # instead: a preference set that exists; common/imports.py documents its two layouts ---------------------
     import_from: str | None = None      # a table (.csv, .jsonl), or a folder of numbered folders as in RefSR-18K
                                         # (hf download casyssong/RefSR-18K --repo-type dataset --local-dir FOLDER)
@@ -537,7 +538,7 @@ def set_labels(folder: Path, kind: str) -> None:
     results = publish(folder, groups)
     run.write_json(folder / "manifest.json", run.read_json(folder / "manifest.json") | {"results": results})
     print(f"labels: {kind}, " + json.dumps(results))
-    for stem in ("02_train_reward", "03_eval_reward"):
+    for stem in ("02_train_reward", "02_train_reward_blind", "03_eval_reward"):
         if (folder.parent / stem / "config.yaml").exists():
             print(f"{folder.parent / stem} was made with the labels as they were: use another run= or delete it")
 

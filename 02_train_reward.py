@@ -3,9 +3,10 @@ Train the LR-conditioned reward model: supervised cold start, then GRPO on ranki
 
 A multimodal LLM sees the LR image and one SR candidate, reasons, and scores consistency, naturalness and overall. The
 cold start teaches the answer form and a first idea of the scores; no reasons, but to the small model, which knows no
-word: templates that say nothing of what it sees. For GRPO the model then writes two kinds of replies
-to every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis (the read-out that
-later stages use). A reply is rewarded for ordering its candidate rightly among the *other candidates of the same LR*.
+word: templates from the fault's name and the label, which come to carry nothing. For GRPO the model then writes two
+kinds of replies to every (LR, candidate): K with reasoning, and K_direct single digits behind the stem of each axis
+(the read-out that later stages use). A reply is rewarded for ordering its candidate rightly among the *other candidates
+of the same LR*.
 
 What is left out of GRPO here: a second model as the reference (it is the same network, with its trained weights as they
 were before GRPO) and a value network. The candidates of an LR image never leave their rank, so nothing depends on the

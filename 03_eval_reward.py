@@ -43,8 +43,8 @@ from common import dist, iqa, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, lr_image,
-                           method_prior, shown_sizes)
+from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, load_groups,
+                           lr_image, method_prior, shown_sizes)
 from common.images import BICUBIC, evenly, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
@@ -115,6 +115,12 @@ def load_labeled(folder: Path) -> tuple[list[dict], list[dict]]:
     return test, train
 
 
+def taught_with(judged_by: Path) -> list[dict]:
+    """The training groups of the judge in a stage-02 folder; none if its stage 01 is not beside it."""
+    source = judged_by.parent / "01_build_dataset"
+    return load_groups(source, "train") if (source / "groups.jsonl").exists() else []
+
+
 def other_groups(groups: list[dict], seed: int) -> list[dict]:
     """
     For each group another one, never itself; of another photograph unless one has more than half of them.
@@ -171,7 +177,7 @@ def blind_judge(judged_by: Path, settings: dict) -> Path | None:
     if differ or seen != wanted:
         fail(f"{blind} was not trained as {judged_by}: {', '.join(differ) or 'on other data'}; delete it, and train it "
              f"again with `{command_for_blind(judged_by)}`")
-    return run.require(blind.parent, blind.name)
+    return run.require(blind.parent, blind.name, command_for_blind(judged_by))
 
 
 def command_for_blind(judged_by: Path) -> str:
@@ -253,8 +259,8 @@ def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: 
            max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     Of this rank's share of the groups: K = `count` replies per candidate, token ids int64 [g, C, K, max_tokens], padded
-    with -1; the probability that a direct answer is one of the nine digits, [g, C, 3]; and the expected scores behind
-    the thought of the first reply that parses, [g, C, 3], NaN where none does.
+    with -1; the probability that a direct answer is one of the nine digits, [g, C, 3]; and the expected scores in the
+    first reply that parses, [g, C, 3], NaN where none does.
 
     A reply's randomness depends on (seed, group, candidate, number) alone.
     """
@@ -270,10 +276,8 @@ def sample(judge: Judge, source: Path, groups: list[dict], *, seed: int, count: 
         uniforms = torch.rand(candidates, count, max_tokens, generator=run.generator(seed, "sampled", group["id"]))
         written = sample_replies(judge, features, grids, uniforms, [candidates])                    # C x K x ids
         replies.append(torch.tensor([[[ids + [-1] * (max_tokens - len(ids)) for ids in row] for row in written]]))
-        texts = [[mllm.reply_text(judge, ids) for ids in row] for row in written]
-        thoughts = [next((text.partition("<answer>")[0] for text in row if mllm.parse_reply(text)), None)
-                    for row in texts]
-        reasoned.append(mllm.expected_after(judge, features, grids, thoughts)[None])
+        parsed = [next((ids for ids in row if mllm.parse_reply(mllm.reply_text(judge, ids))), None) for row in written]
+        reasoned.append(mllm.expected_in_reply(judge, features, grids, parsed)[None])
     return torch.cat(replies), torch.cat(masses), torch.cat(reasoned)
 
 
@@ -366,16 +370,16 @@ def compare_readouts(sampled: np.ndarray, reasoned: np.ndarray, expected: np.nda
             "parse_rate": round(1 - float(np.isnan(sampled[..., 0]).mean()), 4), "accuracy": accuracy}
 
 
-def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.ndarray, ranks: np.ndarray,
+def accuracy_on_new_methods(groups: list[dict], taught: list[dict], scores: np.ndarray, ranks: np.ndarray,
                             seed: int, units: np.ndarray) -> dict:
     """
-    {pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `train` has.
+    {pairs, value, ci95} over the pairs with a candidate whose method, or a part of it, no group of `taught` has.
 
-    Without `train` nothing is known of the methods, and there are no such pairs.
+    Without `taught` nothing is known of the methods, and there are no such pairs.
     """
-    known = {part for group in train for candidate in group["candidates"] for part in candidate["method"].split("+")}
+    known = {part for group in taught for candidate in group["candidates"] for part in candidate["method"].split("+")}
     right, pairs = np.zeros((2, len(groups)))
-    for g, group in enumerate(groups if train else []):
+    for g, group in enumerate(groups if taught else []):
         new = np.array([not set(candidate["method"].split("+")) <= known for candidate in group["candidates"]])
         hits, better, worse = metrics.pair_hits(scores[g], ranks[g])
         inside = new[better] | new[worse]
@@ -385,15 +389,17 @@ def accuracy_on_new_methods(groups: list[dict], train: list[dict], scores: np.nd
 
 def rater_agreement(groups: list[dict], seed: int) -> float | None:
     """
-    How often two random halves of the raters order two candidates alike, overall: about what a judge can reach.
+    How often two random halves of the raters order two candidates alike, overall. A judge can reach more against all
+    raters, as half of them are a noisier measure: if this is a, about (1 + sqrt(2 a - 1)) / 2.
 
-    Each rater has one vote per LR image. Pairs that a half ties are left out. None without such votes.
+    Each rater has one vote per LR image. Pairs that a half ties are left out. None without such whole votes.
     """
     rng, alike, pairs = run.np_rng(seed, "raters"), 0, 0
     for label in (group["labels"].get("overall", {}) for group in groups):
-        if not isinstance(label.get("votes"), list) or sum(label["votes"]) > label.get("raters", 0):
+        votes = np.array(label.get("votes") or [0.5])
+        if sum(votes) > label.get("raters", 0) or (votes % 1).any():
             continue
-        votes = np.array(label["votes"]).astype(int)
+        votes = votes.astype(int)
         i, j = np.triu_indices(len(votes), 1)
         for _ in range(RATER_SPLITS):
             half = rng.multivariate_hypergeometric(votes, votes.sum() // 2)
@@ -402,11 +408,11 @@ def rater_agreement(groups: list[dict], seed: int) -> float | None:
     return round(float(alike / pairs), 4) if pairs else None
 
 
-def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int,
+def evaluate(groups: list[dict], taught: list[dict], scores: dict[str, np.ndarray], ranks: np.ndarray, seed: int,
              scorers: dict[str, tuple[str, str]], notes: list[str]) -> dict:
     """
-    results.json without read-outs and probes. scores: [G, C, 3] per scorer; NaN where it could not score. scorers: as
-    SCORERS; notes: what is to be said beside.
+    results.json without read-outs and probes. taught: groups that the judge learned from; scores: [G, C, 3] per scorer,
+    NaN where it could not score; scorers: as SCORERS; notes: what is to be said beside.
     """
     sources = sorted({group["source"] for group in groups})
     kinds = sorted({label["source"] for group in groups for label in group["labels"].values()})
@@ -420,7 +426,7 @@ def evaluate(groups: list[dict], train: list[dict], scores: dict[str, np.ndarray
             "ci_over": ci_over, "scorers": {name: scorers[name] for name in accuracy}, "accuracy": accuracy,
             "judge_minus": margin,
             "srcc": {axis: metrics.mean_srcc(scores["judge"][..., a], ranks[..., a]) for a, axis in enumerate(AXES)},
-            "new_methods": accuracy_on_new_methods(groups, train, scores["judge"][..., OVERALL], ranks[..., OVERALL],
+            "new_methods": accuracy_on_new_methods(groups, taught, scores["judge"][..., OVERALL], ranks[..., OVERALL],
                                                    seed, units),
             "rater_agreement": rater_agreement(groups, seed), "readouts": None, "probes": None, "notes": notes}
 
@@ -579,9 +585,13 @@ def rank_folders(cfg: Config) -> None:
     measured = dist.gather_rows(ranking.score_all(
         judge, scenes, methods, side=side, limit=cfg.crops_per_image,
         batch=cfg.groups_per_forward)).numpy().round(4)
+    if (lost := np.isnan(measured[..., OVERALL]).all(0)).any():
+        fail(f"{judged_by}: no reply about {methods[lost.argmax()]} could be read: change its prompt or pattern")
     rows = ranking.rank_methods(measured[..., :3], methods, cfg.seed)
+    unread = dist.all_sum(torch.tensor(len(judge.unread))) if isinstance(judge, PromptedJudge) else 0
     if dist.is_main():
         notes = [f"judged in crops of {side} x {side} px, at most {cfg.crops_per_image} per image; a score is the mean"]
+        notes += [f"{unread} replies of the judge did not fit its pattern: their crops are left out"] if unread else []
         if learned:
             notes.append(f"the judge learned in crops of {learned['hr_size']} px at scale {learned['scale']}")
         ranking.write(folder, scenes, measured, methods, side=side, results={
@@ -609,7 +619,8 @@ def main(cfg: Config) -> None:
     blind, models = blind_judge(judged_by, settings), iqa.load(cfg.pyiqa_metrics, device)
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
-    train = leave_out(train, settings.get("held_out_methods", []))
+    train, taught = (leave_out(some, settings.get("held_out_methods", [])) for some in (
+        train, taught_with(judged_by) if cfg.judge else train))
     judge = mllm.load_judge(judged_by, device)
     prompted = isinstance(judge, PromptedJudge)                 # it writes its scores: there is no second read-out
     with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop and not prompted]
@@ -624,6 +635,7 @@ def main(cfg: Config) -> None:
     measured["judge"], seconds = score_groups(judge, source, groups, groups, desc="judge", **forward)
     for name, rival in other_judges(judge, judged_by, settings, blind):
         measured[name], _ = score_groups(rival, source, groups, groups, desc=name, **forward)
+        del rival                                               # before the next is loaded
     names = [*PIXELS, *(f"pyiqa_{name}" for name in models)]
     for name, column in zip(names, measure_pixels(source, groups, models, device).unbind(-1)):
         measured[name] = column[..., None].expand(-1, -1, len(AXES))
@@ -664,12 +676,12 @@ def main(cfg: Config) -> None:
             fail(f"{judged_by}: no reply of the judge fits its pattern; the first is shown above")
         if prompted:
             notes.append(f"{unread[..., 0].mean():.1%} of the candidates left out, as a reply did not fit the pattern")
-        results, texts = evaluate(groups, train, scores, np.where(unread, np.nan, ranks), cfg.seed, scorers,
+        if crop:
+            notes.append(f"images are larger than those the judge learned on: its scores are means over crops of "
+                         f"{crop} px, at most {cfg.crops_per_image} of each")
+        results, texts = evaluate(groups, taught, scores, np.where(unread, np.nan, ranks), cfg.seed, scorers,
                                   notes), {}
         results["unread_replies"] = round(float(np.isnan(scores["judge"][..., 0]).mean()), 4) if prompted else None
-        if crop:
-            results["notes"].append(f"images are larger than those the judge learned on: its scores are means over "
-                                    f"crops of {crop} px, at most {cfg.crops_per_image} of each")
         if replies is not None:
             written, sampled = read_replies(judge, replies)
             texts = {(chosen[g], c): text for (g, c, number), text in written.items() if number == 0}

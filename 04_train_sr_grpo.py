@@ -12,8 +12,8 @@ The policy is the base policy of 01, or a published diffusion model (`policy`, `
 
 Every `eval_every` steps the averaged weights are compared with the start, on validation images with fixed noise. They
 become the best so far if the judge's score is the highest yet, unless one of two vetoes holds: LR-PSNR is below the
-floor (and the start, which may be lower), or gold (the proxy label that 02 learned from, here of the policy's images; it sees the ground truth) fell by
-more than is allowed. The best are kept; the last ones are reported beside them.
+floor (and the start, which may be lower), or gold (the proxy label that 02 learned from, here of the policy's images;
+it sees the ground truth) fell by more than is allowed. The best are kept; the last ones are reported beside them.
 
 Training needs LR images and the judge alone. Ground truth, where there is any, sets the floor (01 measured it) and
 gives gold, PSNR and a column of the sheets: of validation images is enough; without any, guard and vetoes are off.

@@ -58,8 +58,9 @@ SHOWN = ("bicubic", "base", "tuned", "hr")      # of these, as images
 METRICS = {                         # what is measured -> (name in the report, what it means)
     "reward": ("reward", "score of the stage-02 judge, 1 to 9. Stage 04 optimized it: its rise alone proves little"),
     "gold": ("gold", "min(consistency, naturalness), 0 to 1: the proxy label, which reads the ground truth, and from "
-             "which a judge learns where there are no people's labels. Stage 04 did not optimize it (on validation photographs, it drops checkpoints "
-             "that fall below the start); where the reward rises and gold falls, the judge is fooled"),
+             "which a judge learns where there are no people's labels. Stage 04 did not optimize it (on validation "
+             "photographs, it drops checkpoints that fall below the start); where the reward rises and gold falls, the "
+             "judge is fooled"),
     "proxy_consistency": ("consistency", "first half of gold: agreement with the ground truth at the size of LR, "
                           "beyond what LR itself has wrong"),
     "proxy_naturalness": ("naturalness", "second half: the detail of each fineness, place by place, of "

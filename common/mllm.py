@@ -272,18 +272,20 @@ def expectations(judge: Judge, trees: list[list[Segment]], stems: list[list[int]
 
 
 @torch.no_grad()
-def expected_after(judge: Judge, features: list[Tensor], grids: Tensor, thoughts: list[str | None]) -> Tensor:
+def expected_in_reply(judge: Judge, features: list[Tensor], grids: Tensor, replies: list[list[int] | None]) -> Tensor:
     """
-    Expected scores [C, 3] behind a thought (`<thinking>..</thinking>`) about each candidate of one LR image; NaN where
-    there is none. features, grids: of LR, candidate 1..C.
+    Expected scores [C, 3] at the places of the three digits of a written reply (token ids) to each candidate of one LR
+    image; NaN where there is none. features, grids: of LR, candidate 1..C.
     """
-    row, scores = prompt_row(judge, grids[0], grids[1:]), torch.full((len(thoughts), len(AXES)), torch.nan)
-    known = [c for c, thought in enumerate(thoughts) if thought is not None]
+    row, scores = prompt_row(judge, grids[0], grids[1:]), torch.full((len(replies), len(AXES)), torch.nan)
+    first, known, digits = len(row), [], set(judge.digit_ids.tolist())
+    for c, ids in enumerate(replies):
+        places = [p for p, token in enumerate(ids or []) if token in digits][-len(AXES):]
+        if len(places) == len(AXES):
+            known.append(c)
+            row += [text_segment(ids[:p], c + 1) for p in places]
     if known:
-        first = len(row)
-        row += [text_segment(judge.encode(thoughts[c]), c + 1) for c in known]
-        stems = add_stems(judge, row, list(range(first, len(row))))
-        scores[known] = expectations(judge, [row], [stems], features)
+        scores[known] = expectations(judge, [row], [list(range(first, len(row)))], features)
     return scores
 
 
@@ -312,7 +314,8 @@ def expected_scores(judge: Judge | PromptedJudge, lrs: list[np.ndarray], candida
 def scores_in_crops(judge: Judge, lrs: np.ndarray, samples: np.ndarray, *, crop: int, limit: int,
                     images_per_forward: int = 128) -> Tensor:
     """
-    Mean over crops of expected_scores, [g, K, 3], of uint8 samples [g, K, H, W, 3] of LR images [g, h, w, 3].
+    Mean over crops of expected_scores, [g, K, 3], of uint8 samples [g, K, H, W, 3] of LR images [g, h, w, 3]. Crops
+    that a PromptedJudge gave no score (NaN) are left out.
 
     crop: px of SR, at most `limit` crops, at the same places in LR and all samples; 0: whole images.
     images_per_forward: about, memory only.
@@ -324,7 +327,7 @@ def scores_in_crops(judge: Judge, lrs: np.ndarray, samples: np.ndarray, *, crop:
         judge, [cut(lr, corner, side, 1) for lr in lrs for corner in corners],
         [[cut(image, corner, side, scale) for image in group] for group in samples for corner in corners],
         groups_per_forward=min(16, max(1, images_per_forward // samples.shape[1])))
-    return scores.unflatten(0, (len(lrs), len(corners))).mean(1)
+    return scores.unflatten(0, (len(lrs), len(corners))).nanmean(1)
 
 
 def reply_text(judge: Judge, ids: list[int]) -> str:

@@ -157,10 +157,11 @@ def score_all(judge: Judge, scenes: list[Scene], methods: list[str], *, side: in
             [[cut(image, at, small, scale) for image in outputs.values()] for at in corners],
             groups_per_forward=batch).double()                                              # [G, outputs, 3]
         places, overall = torch.tensor(corners), scores[..., OVERALL]
+        lowest, highest = (overall.nan_to_num(nan).nan_to_num(nan) for nan in (torch.inf, -torch.inf))
         for column, method in enumerate(outputs):
             table[n, methods.index(method)] = torch.cat([
-                scores[:, column].mean(0), torch.tensor([len(corners)]), places[overall[:, column].argmin()],
-                places[overall[:, column].argmax()]])
+                scores[:, column].nanmean(0), torch.tensor([len(corners)]), places[lowest[:, column].argmin()],
+                places[highest[:, column].argmax()]])
     return table
 
 
@@ -184,7 +185,7 @@ def rank_methods(scores: np.ndarray, methods: list[str], seed: int) -> list[dict
         wins = [value for value in wins if value is not None]
         rows.append({"method": methods[m], "images": int((~np.isnan(overall[:, m])).sum()),
                      **{axis: mean_of(scores[:, m, a], seed) for a, axis in enumerate(AXES)},
-                     "win_rate": round(float(np.mean(wins)), 4),          # never empty: bicubic has all images
+                     "win_rate": round(float(np.mean(wins)), 4),      # not empty: bicubic has all images
                      "behind_best": mean_of(overall[:, order[0]] - overall[:, m], seed)})
     return rows
 

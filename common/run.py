@@ -142,9 +142,9 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def require(run_dir: str | Path, stem: str) -> Path:
+def require(run_dir: str | Path, stem: str, remedy: str = "") -> Path:
     """
-    Return the folder of a finished earlier stage, or stop and name the command that makes it.
+    Return the folder of a finished earlier stage, or stop and name the command that makes it (`remedy`, if given).
 
     The main rank checks that its weights are the bytes that were written.
     """
@@ -154,7 +154,7 @@ def require(run_dir: str | Path, stem: str) -> Path:
     for name, checksum in read_json(folder / "manifest.json").get("weights", {}).items() if dist.is_main() else ():
         if not (folder / name).is_file() or sha256(folder / name) != checksum:
             fail(f"{folder / name} is missing or damaged (its checksum does not fit): delete {folder} and run "
-                 f"`{command(stem)}` again")
+                 f"`{remedy or command(stem)}` again")
     return folder
 
 

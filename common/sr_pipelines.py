@@ -314,8 +314,8 @@ def encode_prompt(pipeline, prompt: str) -> tuple[Tensor, Tensor]:
 def by_default(sampler: Published, device: torch.device) -> Callable[[Tensor, tuple], np.ndarray]:
     """
     The published pipeline as diffusers runs it, with its own scheduler, number of steps and guidance, away from no text
-    (so it acts where there is a `prompt`): a function of LR [1, 3, h, w] in 0..1 and a key of its noise that returns SR, uint8
-    [H, W, 3]. Every rank calls it.
+    (so it acts where there is a `prompt`): a function of LR [1, 3, h, w] in 0..1 and a key of its noise that returns
+    SR, uint8 [H, W, 3]. Every rank calls it.
     """
     pipeline, texts = load_pipeline(sampler), {}
     pipeline.set_progress_bar_config(disable=True)

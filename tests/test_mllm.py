@@ -129,17 +129,19 @@ def test_a_score_alone_is_its_score_in_any_batch_order_and_padding(view, dtype, 
     assert not torch.allclose(other_lr, whole[:1], atol=1e-3)
 
 
-def test_expected_scores_behind_a_thought_are_those_of_a_row_that_holds_it(judge):
-    group, thoughts = make_images(3), ["<thinking>close; fair</thinking>", None, "<thinking></thinking>"]
+def test_expected_scores_in_a_reply_are_those_of_a_row_that_holds_it(judge):
+    group, texts = make_images(3), ["<thinking>close; 4 fair</thinking>", None, "<thinking></thinking>"]
     with torch.no_grad():
         features, grids = mllm.image_features(judge, [group])
-        scores = mllm.expected_after(judge, features, grids, thoughts)
-    assert scores[1].isnan().all() and mllm.expected_after(judge, features, grids, [None] * 3).isnan().all()
+        replies = [text and judge.encode(text + mllm.compose_answer(np.array([5, 3, 7]))) for text in texts]
+        scores = mllm.expected_in_reply(judge, features, grids, replies)
+    assert scores[1].isnan().all() and mllm.expected_in_reply(judge, features, grids, [None] * 3).isnan().all()
     for c in (0, 2):
-        for a, stem in enumerate(judge.stems):
+        for a, digit in enumerate("537"):
             alone = [features[0], features[1 + c]]
             row = mllm.prompt_row(judge, grids[0], grids[1 + c:2 + c])
-            row.append(token_tree.text_segment(judge.encode(thoughts[c]) + stem, 1))
+            place = max(p for p, token in enumerate(replies[c]) if [token] == judge.encode(digit))
+            row.append(token_tree.text_segment(replies[c][:place], 1))
             with torch.no_grad():
                 hidden = mllm.hidden_states(judge, token_tree.collate([row], CPU), alone)[0, -1]
                 chances = mllm.policy_logits(judge, hidden)[judge.digit_ids].softmax(-1)

@@ -15,7 +15,7 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 
 from common import mllm, prompted, run
 from common.config import load_config
-from common.images import resize
+from common.images import resize, write_png
 from common.small_mllm import build_tokenizer
 from conftest import load_stage, make_images
 from test_families import CPU, save_random
@@ -141,6 +141,19 @@ def test_03_04_and_05_take_it_as_the_judge_and_leave_out_replies_without_a_score
     measured = run.read_json(tmp_path / "05_eval_sr" / "results.json")
     assert 2 <= measured["images"] < len({line["group"] for line in lines})
     assert all(means["reward"] is not None for means in measured["mean"].values())
+
+    for i in range(4):                                                  # a ranking keeps the crops that can be read
+        for part, image in zip(("lr", "sr"), make_images(i, 96, 96)):
+            (tmp_path / part).mkdir(exist_ok=True)
+            write_png(tmp_path / part / f"{i}.png", image)
+    stage = load_stage("03")
+    stage.main(load_config(stage.Config, stage.__file__, [
+        str(toy_config), f"run={tmp_path}", f"judge={path}", f"lr_dir={tmp_path / 'lr'}", f"sr_dirs={tmp_path / 'sr'}",
+        "crop=32", f"out={tmp_path / 'ranked'}"]))
+    ranked = run.read_json(tmp_path / "ranked" / "results.json")
+    note, = (note for note in ranked["notes"] if "did not fit its pattern: their crops are left out" in note)
+    assert 0 < int(note.split()[0]) < 4 * 9 * 2
+    assert all(row["images"] == 4 and 0 <= row["overall"]["value"] < 1000 for row in ranked["ranking"])
 
 
 @pytest.mark.parametrize("change, says", [

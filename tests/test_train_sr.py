@@ -375,7 +375,8 @@ def test_two_vetoes_and_the_highest_score(changes, best):
                          start=start, best=start | {"val_reward": 5.5}, floor=29.7) is best
     low = start | {"val_lr_psnr": 20.0}                                 # a start below the floor: not to fall further
     assert STAGE.is_best(settings(), low | {"val_reward": 6.0}, start=low, best=low, floor=29.7)
-    assert not STAGE.is_best(settings(), low | {"val_reward": 6.0, "val_lr_psnr": 19.9}, start=low, best=low, floor=29.7)
+    lower = low | {"val_reward": 6.0, "val_lr_psnr": 19.9}
+    assert not STAGE.is_best(settings(), lower, start=low, best=low, floor=29.7)
 
 
 def test_three_steps_without_a_finite_reward_end_the_run_and_name_the_checkpoint(toy_config, tuned, tmp_path, capsys,
