@@ -46,7 +46,7 @@ from common import annotate, base_policy, candidates, degrade, dist, imports, me
 from common.config import fail, load_config, nearest
 from common.groups import SPLITS, all_groups, label_arrays, method_prior
 from common.images import TEXTURES, evenly, find, luma, read_image, resize, sheet, to_float, to_uint8, write_png
-from common.metrics import AXES
+from common.metrics import AXES, OVERALL
 
 ZOOM = 0.25, 0.5        # photographs are shrunk by a random factor: many scales, and each pixel as sharp as can be
 MIN_DETAIL = 8.0        # std of the luma (of 255): in flatter crops, such as sky, all candidates look alike
@@ -115,6 +115,7 @@ class Config:
             f"hr_size {self.hr_size} should be a multiple of scale {self.scale} and at least 4 times as large"
         assert self.degradation in degrade.KINDS, \
             f"degradation should be one of {', '.join(degrade.KINDS)}, got {self.degradation!r}"
+        assert self.max_source_share, "max_source_share should be above 0"
         for key in ("max_source_share", "val_fraction", "test_fraction", "tie_margin"):
             assert 0 <= vars(self)[key] <= 1, f"{key} should be in 0..1, got {vars(self)[key]}"
         least = {"train_groups": 1, "hf_batch": 1, "val_groups": 0, "test_groups": 0, "annotate_groups": 0,
@@ -485,7 +486,7 @@ def quality(groups: list[dict]) -> dict:
               "pairs rightly; mix strengths, settings or seeds in a method")
     kinds = sorted({label["source"] for group in labeled for label in group["labels"].values()})
     results = {"groups": len(groups), "candidates": sum(len(group["candidates"]) for group in groups),
-               "pairs": pairs[AXES.index("overall")] or max(pairs), "label_source": ", ".join(kinds) or "none"}
+               "pairs": pairs[OVERALL] or max(pairs), "label_source": ", ".join(kinds) or "none"}
     return results | ({"method_prior": prior, "axis_correlation": round(float(correlation), 4)} if labeled else {})
 
 

@@ -564,11 +564,21 @@ def score_lines(groups: list[dict], scores: np.ndarray, texts: dict[tuple, str])
 
 # SR methods on a folder ------------------------------------------------------------------------------------
 
+def own_accuracy(judged_by: Path) -> float | None:
+    """The judge's pair accuracy in the stage 03 beside it; None if there is none, or it evaluated another judge."""
+    tested, judge = judged_by.parent / "03_eval_reward" / "manifest.json", judged_by / "manifest.json"
+    if not (tested.exists() and judge.exists()):
+        return None
+    found = run.read_json(tested)
+    same = found["inputs"].get(judged_by.name) == run.sha256(judge)
+    return found["results"]["pair_accuracy"] if same else None
+
+
 def rank_folders(cfg: Config) -> None:
     """Rank the SR methods of sr_dirs on the LR images of lr_dir, in a folder of its own; no ground truth."""
     started, device = time.time(), dist.init()
     judged_by = Path(cfg.judge) if cfg.judge else run.require(cfg.run, "02_train_reward")
-    tested, learned = judged_by.parent / "03_eval_reward" / "manifest.json", learned_on(judged_by)
+    learned = learned_on(judged_by)
     if not (cfg.crop or learned):
         fail(f"{judged_by.parent / '01_build_dataset'} is missing, so the size of the images that the judge "
              f"{judged_by} learned on is unknown: correct judge=, or set crop=, in px")
@@ -597,7 +607,7 @@ def rank_folders(cfg: Config) -> None:
         ranking.write(folder, scenes, measured, methods, side=side, results={
             "summary": f"{len(scenes)} LR images of {cfg.lr_dir}, outputs of {', '.join(named)}",
             "ranking": rows, "lr_images": len(scenes), "notes": notes, "left_out": left_out,
-            "judge_accuracy": run.read_json(tested)["results"]["pair_accuracy"] if tested.exists() else None})
+            "judge_accuracy": own_accuracy(judged_by)})
         print(f"open {folder / 'report.html'} in a browser")
     run.write_manifest(folder, script=__file__, started=started, inputs=[judged_by], results={
         "ranking": [row["method"] for row in rows], "overall": [row["overall"]["value"] for row in rows],

@@ -155,8 +155,8 @@ def folder_rows(root: Path, roles: dict[str, str]) -> list[tuple[str, dict]]:
             if path.suffix.lower() in SUFFIXES and path.relative_to(root).as_posix() not in files.values():
                 fail(f"{path} has no role: name it in import_roles or remove it")
         ranks = folder_ranks(root / files["ranks"], methods)
-        split = files["lr"].split("/")[0]
-        common = {"lr": files["lr"], "hr": files.get("hr"), "split": split if split in SPLIT_NAMES else None}
+        split = next((part for part in folder.relative_to(root).parts if part in SPLIT_NAMES), None)
+        common = {"lr": files["lr"], "hr": files.get("hr"), "split": split}
         rows += [(str(folder), common | {"candidate": files[role], "method": role}
                   | {f"rank_{axis}": values[index] for axis, values in ranks.items()})
                  for index, role in enumerate(methods)]

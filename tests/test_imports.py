@@ -168,6 +168,12 @@ def test_numbered_folders_of_six_pictures(build, pictures, tmp_path, name, text,
     assert (folder / line["candidates"][1]["path"]).read_bytes() == (pictures / METHODS[1] / "002.png").read_bytes()
 
 
+def test_a_folder_named_after_a_split_gives_it_however_deep(build, pictures, tmp_path):
+    settings = write_folders(tmp_path / "ref" / "data" / "dev", pictures)
+    folder, code, err = build(tmp_path / "ref", **settings)
+    assert code == 0 and {line["split"] for line in groups_of(folder)} == {"val"}, err
+
+
 def test_the_readmes_command_for_refsr_leads_to_a_judge(pictures, toy_config, tmp_path):
     command, = (command for command in commands() if any("import_roles" in word for word in command))
     write_folders(tmp_path / "ref", pictures)

@@ -86,6 +86,17 @@ def test_a_method_that_lacks_an_image_is_compared_on_the_others_only():
     assert second["behind_best"]["value"] == -0.5                           # better where both have an image
 
 
+def test_the_accuracy_shown_is_that_of_the_judge_that_ranks(tmp_path):
+    judge, tested = tmp_path / "02_train_reward", tmp_path / "03_eval_reward"
+    judge.mkdir(), tested.mkdir()
+    assert load_stage("03").own_accuracy(judge) is None
+    run.write_json(judge / "manifest.json", {"results": {}})
+    for inputs, accuracy in (({judge.name: run.sha256(judge / "manifest.json")}, 0.8), ({judge.name: "another"}, None),
+                             ({}, None)):
+        run.write_json(tested / "manifest.json", {"inputs": inputs, "results": {"pair_accuracy": 0.8}})
+        assert load_stage("03").own_accuracy(judge) == accuracy
+
+
 def write_small(path: Path) -> None:
     write_png(path, make_images(0)[1][:30, :30])
 
