@@ -6,7 +6,7 @@ ordered by its rivals: a judge trained as long without LR (blind=true of 02), wh
 with the LR image of another photograph; the judge before GRPO; a pretrained model before all training; the mean
 training label of a candidate's method, which sees no pixel (without training labels: its mean rank over the other LR
 images); PSNR and SSIM, which see the ground truth; LR-PSNR and sharpness. On a few groups three read-outs are compared:
-scores that the judge writes (sampled), and expectations over its digits, behind one sampled thought (reasoned) and
+scores that the judge writes (sampled), and expectations over its digits, in one sampled reply (reasoned) and
 without (expected). Hacking probes are ground truth that was tampered with (common/candidates.py): an honest judge
 scores every one below the ground truth.
 
@@ -43,8 +43,8 @@ from common import dist, iqa, metrics, mllm, ranking, report, run
 from common.candidates import PROBES, tamper
 from common.config import fail, load_config
 from common.dist import mine
-from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, load_groups,
-                           lr_image, method_prior, shown_sizes)
+from common.groups import (all_groups, group_images, judged_on, label_arrays, leave_out, left_out_prior, lr_image,
+                           method_prior, shown_sizes)
 from common.images import BICUBIC, evenly, luma, resize, sheet, write_png
 from common.metrics import AXES, OVERALL
 from common.mllm import Judge
@@ -106,8 +106,7 @@ class Config:
 
 def load_labeled(folder: Path) -> tuple[list[dict], list[dict]]:
     """The labeled groups of test, two or more that all have C candidates, and of train: perhaps none."""
-    labeled = [group for group in all_groups(folder) if group["labels"]]
-    test, train = ([group for group in labeled if group["split"] == split] for split in ("test", "train"))
+    test, train = labeled_in(folder, "test"), labeled_in(folder, "train")
     counts = {len(group["candidates"]) for group in test}
     if len(test) < 2 or len(counts) > 1:
         fail(f"{folder}: test has {len(test)} labeled groups of {sorted(counts)} candidates, not 2 or more of one "
@@ -115,10 +114,9 @@ def load_labeled(folder: Path) -> tuple[list[dict], list[dict]]:
     return test, train
 
 
-def taught_with(judged_by: Path) -> list[dict]:
-    """The training groups of the judge in a stage-02 folder; none if its stage 01 is not beside it."""
-    source = judged_by.parent / "01_build_dataset"
-    return load_groups(source, "train") if (source / "groups.jsonl").exists() else []
+def labeled_in(folder: Path, split: str) -> list[dict]:
+    """The labeled groups of a split: perhaps none."""
+    return [group for group in all_groups(folder) if group["labels"] and group["split"] == split]
 
 
 def other_groups(groups: list[dict], seed: int) -> list[dict]:
@@ -139,10 +137,16 @@ def partners(groups: list[dict], order: list[int], distance: int) -> list[dict]:
     return [groups[partner[i]] for i in range(len(groups))]
 
 
+def data_of(judged_by: Path) -> Path | None:
+    """The stage 01 that a judge learned from; None where none lies beside it."""
+    source = judged_by.parent / "01_build_dataset"
+    return source if (source / "groups.jsonl").exists() else None
+
+
 def learned_on(judged_by: Path) -> dict[str, int] | None:
     """hr_size (px) and scale of the images that a judge learned on; None where no data set lies beside it."""
-    learned_from = judged_by.parent / "01_build_dataset"
-    return judged_on(learned_from) if (learned_from / "groups.jsonl").exists() else None
+    source = data_of(judged_by)
+    return judged_on(source) if source else None
 
 
 def crop_for(judged_by: Path, source: Path) -> int:
@@ -396,10 +400,10 @@ def rater_agreement(groups: list[dict], seed: int) -> float | None:
     """
     rng, alike, pairs = run.np_rng(seed, "raters"), 0, 0
     for label in (group["labels"].get("overall", {}) for group in groups):
-        votes = np.array(label.get("votes") or [0.5])
-        if sum(votes) > label.get("raters", 0) or (votes % 1).any():
+        votes = label.get("votes")
+        if not isinstance(votes, list) or sum(votes) > label.get("raters", 0) or any(vote % 1 for vote in votes):
             continue
-        votes = votes.astype(int)
+        votes = np.array(votes, int)
         i, j = np.triu_indices(len(votes), 1)
         for _ in range(RATER_SPLITS):
             half = rng.multivariate_hypergeometric(votes, votes.sum() // 2)
@@ -484,7 +488,7 @@ def tables(results: dict) -> report.Parts:
         parts += ["## Three read-outs",
                   f"On {readouts['groups']} groups. Sampled: mean of the scores in "
                   f"{readouts['replies_per_candidate']} replies ({readouts['parse_rate']:.1%} of them parse). "
-                  "Reasoned: expectation over the digits behind the thought of one of them. Expected: the same without "
+                  "Reasoned: expectations at the digits of one of them. Expected: expectations without "
                   f"a thought, where digits hold {readouts['digit_mass']:.1%} of the probability of all tokens.",
                   [["pair accuracy", *SHOWN], *([kind, *cells(rates)] for kind, rates in readouts["accuracy"].items())]]
     if probes:
@@ -629,8 +633,9 @@ def main(cfg: Config) -> None:
     blind, models = blind_judge(judged_by, settings), iqa.load(cfg.pyiqa_metrics, device)
     groups, train = load_labeled(source)
     crop = cfg.crop or (crop_for(judged_by, source) if cfg.judge else 0)        # this run's judge learned on this size
-    train, taught = (leave_out(some, settings.get("held_out_methods", [])) for some in (
-        train, taught_with(judged_by) if cfg.judge else train))
+    learned_from = data_of(judged_by) if cfg.judge else source
+    taught = labeled_in(learned_from, "train") if learned_from else []
+    train, taught = (leave_out(some, settings.get("held_out_methods", [])) for some in (train, taught))
     judge = mllm.load_judge(judged_by, device)
     prompted = isinstance(judge, PromptedJudge)                 # it writes its scores: there is no second read-out
     with_hr = [g for g, group in enumerate(groups) if group["hr"] and not crop and not prompted]

@@ -157,7 +157,7 @@ def score_all(judge: Judge, scenes: list[Scene], methods: list[str], *, side: in
             [[cut(image, at, small, scale) for image in outputs.values()] for at in corners],
             groups_per_forward=batch).double()                                              # [G, outputs, 3]
         places, overall = torch.tensor(corners), scores[..., OVERALL]
-        lowest, highest = (overall.nan_to_num(nan).nan_to_num(nan) for nan in (torch.inf, -torch.inf))
+        lowest, highest = (overall.nan_to_num(unread) for unread in (torch.inf, -torch.inf))
         for column, method in enumerate(outputs):
             table[n, methods.index(method)] = torch.cat([
                 scores[:, column].nanmean(0), torch.tensor([len(corners)]), places[lowest[:, column].argmin()],

@@ -252,13 +252,12 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def observe(self, lr: Tensor, keys: list[tuple]) -> Tensor:
         """Control latent [B, C, h, w] of LR [B, 3, H / s, W / s] in 0..1; the autoencoder's noise is that of keys."""
-        image = enlarged(lr, self.sampler.scale)
-        height, width = image.shape[-2:]
+        height, width = (self.sampler.scale * length for length in lr.shape[-2:])
         if any(length % self.multiple for length in lr.shape[-2:]) or max(height, width) > self.largest:
             fail(f"{self.sampler.model}: sides of LR should be multiples of {self.multiple} px and at most "
                  f"{self.largest // self.sampler.scale}, these are {lr.shape[-1]} x {lr.shape[-2]}: choose hr_size "
                  "and scale in stage 01, large_size in 05 so")
-        codes = [self.vae.encode(2 * one[None] - 1).latent_dist for one in image]       # one by one: large
+        codes = [self.vae.encode(2 * one[None] - 1).latent_dist for one in enlarged(lr, self.sampler.scale)]    # large
         mean, std = torch.cat([code.mean for code in codes]), torch.cat([code.std for code in codes])
         noise = sr_policy.draw_noise([(*key, "lr") for key in keys], mean.shape[1:], lr.device)
         shift = 0 if self.unpooled else self.vae.config.shift_factor

@@ -147,7 +147,7 @@ def test_a_test_split_alone_with_labels_of_people_on_one_axis_and_no_ground_trut
             "naturalness": {"ranks": ranks, "source": "human", "votes": 5}}
     path.write_text("".join(json.dumps(group) + "\n" for group in groups))
     stage = load_stage("03")
-    judge = folder / "02_train_reward" / "cold_start" / "model"
+    judge = shutil.copytree(folder / "02_train_reward" / "cold_start" / "model", folder / "judge")
     stage.main(load_config(stage.Config, stage.__file__, [
         str(toy_config), f"run={folder}", f"judge={judge}", "sampled_groups=0"]))
     results = run.read_json(folder / "03_eval_reward" / "results.json")
@@ -299,12 +299,13 @@ def test_probe_rates_count_ties_as_half():
 
 
 def test_raters_who_agree_and_raters_who_do_not():
-    def group(votes: list | None, raters: int = 20) -> dict:
+    def group(votes: list | int | None, raters: int = 20) -> dict:
         return {"labels": {"overall": {"ranks": [1, 2, 2], "votes": votes, "raters": raters}}}
 
     agreement = load_stage("03").rater_agreement
     assert agreement([group([20, 0, 0])] * 3, seed=0) == 1
     assert agreement([group(None), group([30, 20, 5])], seed=0) is None         # no votes; several votes per rater
+    assert agreement([group(5), group([0.5, 0.5, 1])], seed=0) is None          # no list; halves of votes
     rng, alike, pairs = np.random.default_rng(1), 0, 0
     for _ in range(4000):                                                       # two halves of 12 raters
         ballots = rng.permutation([0] * 7 + [1] * 4 + [2])

@@ -148,16 +148,21 @@ def test_cuda_may_round_products_of_published_models_alone(kind, models, tmp_pat
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
-def stock(kind: str, model: str, controlnet: str = "", *, lora: Path | None = None, prompt: str = "",
-          **parts) -> dict[str, torch.Tensor]:
-    """SR of the unchanged diffusers pipeline (ldm, upscaler: with DDIM, eta 0), and what it drew: sr, seen, first."""
+def stock_pipeline(kind: str, model: str, controlnet: str = "", **parts):
+    """The unchanged pipeline of diffusers."""
     from diffusers import DiffusionPipeline, SD3ControlNetModel, StableDiffusion3ControlNetPipeline
-    lr = pictures(kind)
     if controlnet:
         parts["controlnet"] = SD3ControlNetModel.from_pretrained(controlnet)
     loader = StableDiffusion3ControlNetPipeline if kind == "sd3" else DiffusionPipeline
     pipeline = loader.from_pretrained(model, use_safetensors=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock(kind: str, model: str, controlnet: str = "", *, lora: Path | None = None, prompt: str = "",
+          **parts) -> dict[str, torch.Tensor]:
+    """SR of the unchanged diffusers pipeline (ldm, upscaler: with DDIM, eta 0), and what it drew: sr, seen, first."""
+    lr, pipeline = pictures(kind), stock_pipeline(kind, model, controlnet, **parts)
     if lora:
         pipeline.load_lora_weights(lora)
     if kind == "sd3":
@@ -239,18 +244,14 @@ def test_restore_is_the_sd3_pipeline_of_diffusers(models, tmp_path, pooled, t5, 
 
 def test_by_default_is_what_diffusers_does(models, kind):
     """With a text and guidance, though the pipeline is handed embeddings; its noise is that of the key alone."""
-    from diffusers import DiffusionPipeline, SD3ControlNetModel, StableDiffusion3ControlNetPipeline
-    prompt, lr = "" if kind == "ldm" else "a b", pictures(kind)[:1]
+    prompt, lr, pipeline = "" if kind == "ldm" else "a b", pictures(kind)[:1], stock_pipeline(kind, **models[kind])
     restore = sr_pipelines.by_default(Published(kind, scale=4, steps=STEPS, prompt=prompt, **models[kind]), CPU)
     sr = restore(lr, (0, "a"))
     assert np.array_equal(restore(lr, (0, "a")), sr) and not np.array_equal(restore(lr, (0, "b")), sr)
     if kind == "sd3":
-        pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
-            models[kind]["model"], controlnet=SD3ControlNetModel.from_pretrained(models[kind]["controlnet"]))
         large = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
         settings = {"prompt": prompt, "control_image": 2 * large - 1, "height": 32, "width": 32}
     else:
-        pipeline = DiffusionPipeline.from_pretrained(models[kind]["model"])
         settings = {"image": 2 * lr - 1} if kind == "ldm" else {"image": lr, "prompt": prompt}
     torch.manual_seed(run.stable_seed(0, "a"))
     expected = pipeline(**settings, output_type="np").images[0]
